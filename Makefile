@@ -1,0 +1,54 @@
+# `make` alone lists what there is. Everything runs in its own virtual environment, made on first use.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := src tests examples benchmarks
+# The first of these that is Python >= 3.11 and can make environments; choose another with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	if $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	then echo $$p; break; fi; done)
+# On Linux the usual index has torch with CUDA. For the far smaller CPU build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test style quality bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make the environment (every other target does so by itself)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv and ensurepip was found." \
+		"Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Make a donor on the built-in task, graft its skill, reload it; offline, results in demo_out/
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/graft.py --output_dir demo_out $(DEMO_ARGS)
+
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 2" for two at a time, "-m slow" for the slow ones)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+style: $(STAMP) ## Put the code into house style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(STAMP) ## Check style and types, change nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Run every script in benchmarks/
+	@set -e; for script in benchmarks/*.py; do \
+		if [ -f "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; done
+
+clean: ## Remove the environment, the demo's results and all caches
+	rm -rf $(VENV) demo_out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

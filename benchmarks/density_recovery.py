@@ -1,0 +1,185 @@
+"""How much of a donor's skill a patch keeps, by density, rule and alpha: the density-recovery curve.
+
+    python benchmarks/density_recovery.py --donors out/sgd0 out/adamw0 --train train.jsonl --validation validation.jsonl
+
+Each donor directory comes from `examples/make_donor.py` (base/, donor/, metrics.json). Mask and alpha are fitted on rows
+of --train that the donor never saw; --validation is only measured on. One csv per donor, one row per point, written as
+soon as it is known: a second run goes on where the first one stopped. `--report` writes the table and the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import tasks
+import torch
+from graft import GraftArguments, batches, fit
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_graft import GraftConfig, fit_alpha, initialize_graft
+from peft_graft.calibration import agreement
+from peft_graft.scoring import measure
+from peft_graft.selection import get_rule
+
+RULES = ("magnitude", "learned", "random", "path_taylor", "sigmoid")
+DENSITIES = (1e-4, 1e-3, 1e-2, 1e-5, 1e-1)
+COLUMNS = (
+    "donor", "optimizer", "seed", "rule", "alpha_mode", "density", "entries", "alpha",
+    "accuracy", "f1", "ece", "loss", "agreement", "seconds", "torch", "transformers", "peft", "threads",
+)  # fmt: skip
+
+
+class Bench:
+    """One donor: its data, its scores, and the points measured so far.
+
+    Args:
+        directory: What `make_donor.py` wrote.
+        args: The flags.
+    """
+
+    def __init__(self, directory: Path, args: argparse.Namespace) -> None:
+        self.args, self.directory = args, directory
+        self.made = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["arguments"]
+        self.tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+        seen, seed = self.made["max_train_samples"], self.made["seed"]
+        rows = tasks.load_rows(args.train, limit=args.mask_rows + args.calibration_rows, skip=seen, seed=seed)
+        encode = lambda part: tasks.tokenize(part, self.tokenizer)  # noqa: E731
+        self.calibration = encode(rows.select(range(args.calibration_rows)))
+        self.train = encode(rows.select(range(args.calibration_rows, len(rows))))
+        names = tasks.label_names(rows)
+        self.test = encode(tasks.load_rows(args.validation, "validation", label_names=names))
+        self.held_out = batches(self.calibration, self.tokenizer)
+        self.path = Path(args.out) / f"{directory.name}.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.done: set[tuple[str, ...]] = set()
+        if self.path.exists():
+            with self.path.open(encoding="utf-8") as file:
+                self.done = {self._key(row) for row in csv.DictReader(file)}
+        self.measured: dict[str, torch.Tensor] | None = None
+        logits, self.labels = tasks.predict(self._model("donor"), self.test, self.tokenizer)
+        self.donor_predictions = logits.argmax(-1)
+        self._write("donor", "", 1.0, 0, 1.0, logits, 0.0)
+        self._write("base", "", 0.0, 0, 0.0, tasks.predict(self._model("base"), self.test, self.tokenizer)[0], 0.0)
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[str, ...]:
+        return (row["rule"], row["alpha_mode"], f"{float(row['density']):.1e}")
+
+    def _model(self, name: str) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(self.directory / name).eval()
+
+    def _write(
+        self, rule: str, mode: str, density: float, entries: int, alpha: float, logits: torch.Tensor, seconds: float
+    ) -> None:
+        row: dict[str, Any] = {
+            "donor": self.directory.name, "optimizer": self.made["optimizer"], "seed": self.made["seed"],
+            "rule": rule, "alpha_mode": mode, "density": density, "entries": entries, "alpha": alpha,
+            **tasks.measure(logits, self.labels),
+            "agreement": agreement(logits.argmax(-1), self.donor_predictions), "seconds": round(seconds, 2),
+            **{name: version(name) for name in ("torch", "transformers", "peft")}, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        if self._key(row) in self.done:
+            return
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.done.add(self._key(row))
+        print(
+            f"{self.directory.name} {rule:12} {mode:5} density {density:.0e} alpha {alpha:8.3g} accuracy "
+            f"{row['accuracy']:.4f} ece {row['ece']:.3f} loss {row['loss']:.4f} {seconds:6.1f} s",
+            flush=True,
+        )
+
+    def _record(self, model: Any, rule: str, mode: str, density: float, seconds: float) -> None:
+        config = model.peft_config["default"]
+        logits, _ = tasks.predict(model.eval(), self.test, self.tokenizer)
+        alpha = model.base_model.states["default"].alpha
+        self._write(rule, mode, density, config.entries, alpha, logits, seconds)
+
+    def point(self, rule: str, density: float, modes: list[str]) -> None:
+        """Measure one rule at one density, with alpha = 1 and fitted, where that is not known yet."""
+        modes = [mode for mode in modes if (rule, mode, f"{density:.1e}") not in self.done]
+        if not modes:
+            return
+        if rule == "learned":
+            for mode in modes:
+                started = time.perf_counter()
+                options = GraftArguments(
+                    density=density, alpha=mode, seed=self.made["seed"], output_dir=str(self.path.parent / "tmp")
+                )
+                donor = str(self.directory / "donor")
+                model = fit(self._model("base"), donor, self.tokenizer, self.train, self.calibration, options)
+                self._record(model, rule, mode, density, time.perf_counter() - started)
+            return
+        started = time.perf_counter()
+        config = GraftConfig(
+            donor=str(self.directory / "donor"), density=density, selection=rule, task_type="SEQ_CLS",
+            seed=self.made["seed"],
+        )  # fmt: skip
+        model = get_peft_model(self._model("base"), config)
+        if rule == "sigmoid":
+            rows = self.train.select(range(self.args.sigmoid_rows))
+            passes = batches(rows, self.tokenizer, 32)
+            initialize_graft(model, passes, calibration=self.held_out, steps=self.args.sigmoid_steps, progress=False)
+        elif get_rule(rule).needs != "weights":
+            if self.measured is None:  # the scores do not depend on the density
+                rows = batches(self.train.select(range(self.args.score_rows)), self.tokenizer, 32)
+                tuner = model.base_model
+                self.measured = measure(model, tuner, "default", get_rule(rule).needs, rows, progress=False)
+                self.score_seconds = time.perf_counter() - started
+                started -= 0.0
+            else:
+                started -= self.score_seconds
+            model.base_model.make_patch("default", self.measured)
+            model.base_model.states["default"].ready = True
+        seconds = time.perf_counter() - started
+        if "1" in modes:
+            self._record(model, rule, "1", density, seconds)
+        if "auto" in modes:
+            started = time.perf_counter()
+            fit_alpha(model, self.held_out, progress=False)
+            self._record(model, rule, "auto", density, seconds + time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measure all points that are not known yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--donors", nargs="+", type=Path, required=True, help="directories made by make_donor.py")
+    parser.add_argument("--train", required=True, help="the file the donors were made from")
+    parser.add_argument("--validation", required=True, help="the file to measure on; nothing is fitted on it")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), help="rules to measure, in this order")
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="in this order")
+    parser.add_argument("--alphas", nargs="+", default=["1", "auto"], help="'1', 'auto' or both")
+    parser.add_argument("--mask_rows", type=int, default=2048, help="rows that train a learned mask")
+    parser.add_argument("--calibration_rows", type=int, default=512, help="further rows, that fit alpha")
+    parser.add_argument("--score_rows", type=int, default=512, help="rows for path_taylor, of the mask's")
+    parser.add_argument("--sigmoid_rows", type=int, default=1024, help="rows in one pass of the published procedure")
+    parser.add_argument("--sigmoid_steps", type=int, default=5, help="passes of the published procedure")
+    parser.add_argument("--out", default="benchmarks/out", help="directory for the csv files")
+    args = parser.parse_args()
+    benches = [Bench(directory, args) for directory in args.donors]
+    for rule in args.rules:
+        for density in args.densities:
+            for bench in benches:
+                bench.point(rule, density, args.alphas)
+
+
+if __name__ == "__main__":
+    try:
+        version("peft-graft")
+    except PackageNotFoundError:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+    main()

@@ -1,0 +1,270 @@
+"""Graft a fine-tuned donor's skill into its base, and measure what the patch keeps of it.
+
+    python examples/graft.py                                  # makes its own donor from the embedded task, offline
+    accelerate launch examples/graft.py --base B --donor D \\
+        --train train.jsonl --validation validation.jsonl --density 1e-4 --output_dir out
+
+prints base, donor and graft side by side; saves the adapter in `--output_dir` and `metrics.json` beside it, and loads
+the adapter back to check that its logits are the same. --train is split: some rows fit alpha, the others train (or
+score) the mask. --validation is only measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tasks
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from make_donor import DonorArguments, make_donor
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
+from peft_graft.calibration import agreement
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass
+class GraftArguments:
+    """What to graft, how much of it, and what to measure it on."""
+
+    base: str | None = field(default=None, metadata={"help": "Base model: directory or Hub id. Default: made here."})
+    donor: str | None = field(default=None, metadata={"help": "Fine-tuned model, same architecture. Default: made here."})
+    train: str = field(
+        default=tasks.DOCSTRINGS,
+        metadata={
+            "help": "Data for mask and alpha, best not the donor's own: .json/.jsonl/.csv file, Hub data set as "
+            "id[:config[:split]], or 'docstrings', the embedded task."
+        },
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Data to measure on. Default: the test split of the embedded task."}
+    )
+    text_columns: list[str] | None = field(default=None, metadata={"help": "One text column or, for pairs, two."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    density: float | None = field(default=None, metadata={"help": "Share of the eligible entries. Default 1e-3."})
+    num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
+    selection: str = field(default="learned", metadata={"help": "Rule: " + "; ".join(str(r.name) for r in RULES.values())})
+    alpha: str = field(default="auto", metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
+    alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha ('global') or one per 'tensor'."})
+    candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Of the mask logits, which start in [-1, 1]."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the mask's training rows."})
+    batch_size: int = field(default=32, metadata={"help": "Rows per step on each device."})
+    max_train_samples: int = field(default=2048, metadata={"help": "Rows that train or score the mask."})
+    calibration_samples: int = field(default=512, metadata={"help": "Further rows of --train that fit alpha."})
+    skip_train_samples: int = field(
+        default=0, metadata={"help": "Shuffled rows of --train to pass over: those that the donor was trained on."}
+    )
+    max_validation_samples: int | None = field(default=None, metadata={"help": "Measure on this many rows."})
+    max_length: int = field(default=64, metadata={"help": "Tokens per text; longer ones are cut."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rows, their order and the selection."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Checkpoint of an interrupted run (in <output_dir>/checkpoints)."}
+    )
+    save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every so many steps; 0 for none."})
+    output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
+
+
+def batches(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 64) -> list[dict[str, torch.Tensor]]:
+    """Batches of rows of alike length, each padded to its own longest row."""
+    collate = tasks.collator(tokenizer)
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
+    return [dict(collate([encoded[row] for row in order[i : i + size]])) for i in range(0, len(order), size)]
+
+
+def fit(
+    base: PreTrainedModel,
+    donor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    calibration: Dataset,
+    args: GraftArguments,
+) -> PeftModel:
+    """Graft: select or learn the mask on `train`, fit alpha on `calibration`.
+
+    Args:
+        base: The base, which is wrapped in place.
+        donor: Anything that `GraftConfig(donor=...)` takes.
+        tokenizer: For padding.
+        train: Tokenized rows for the mask.
+        calibration: Tokenized rows for alpha.
+        args: Everything that `--help` explains.
+
+    Returns:
+        The grafted model, in evaluation mode.
+    """
+    set_seed(args.seed)
+    density = 1e-3 if args.density is None and args.num_params is None else args.density
+    config = GraftConfig(
+        donor=donor,
+        density=density,
+        num_params=args.num_params,
+        selection=args.selection,
+        candidates=args.candidates,
+        alpha="auto" if args.alpha == "auto" else float(args.alpha),
+        alpha_scope=args.alpha_scope,
+        task_type="SEQ_CLS",
+        seed=args.seed,
+    )
+    model = get_peft_model(base, config)
+    held_out = batches(calibration, tokenizer)
+    if config.needs_data or config.selection == "sigmoid":
+        initialize_graft(model, batches(train, tokenizer, args.batch_size), calibration=held_out)
+    if args.selection == "learned":
+        training_args = TrainingArguments(
+            output_dir=os.path.join(args.output_dir, "checkpoints"),
+            learning_rate=args.learning_rate,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            train_sampling_strategy="group_by_length",
+            seed=args.seed,
+            logging_steps=16,
+            save_strategy="steps" if args.save_steps else "no",
+            save_steps=args.save_steps or 500,
+            report_to="none",
+            average_tokens_across_devices=False,  # the mean of the ranks' losses, whatever their number
+            dataloader_pin_memory=PartialState().device.type != "cpu",
+        )
+        callbacks = [AlphaCallback(held_out)] if config.alpha == "auto" else []
+        options = {"args": training_args, "train_dataset": train, "data_collator": tasks.collator(tokenizer)}
+        trainer = Trainer(model, callbacks=callbacks, **options)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    return model.eval()
+
+
+def run(args: GraftArguments) -> dict[str, Any]:
+    """Graft, save, measure, reload.
+
+    Args:
+        args: Everything that `--help` explains.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        ValueError: The flags do not fit together, or the reloaded adapter differs.
+    """
+    if (args.base is None) != (args.donor is None):
+        raise ValueError(f"base and donor must be given together, got {args.base!r} and {args.donor!r}. Give both.")
+    state, out = PartialState(), Path(args.output_dir)
+    skip = args.skip_train_samples
+    if args.base is None:
+        if not (out / "donor" / "model.safetensors").exists():
+            columns = {"text_columns": args.text_columns, "label_column": args.label_column}
+            donor_args = DonorArguments(
+                train=args.train, validation=args.validation, max_train_samples=2048, optimizer="adamw", seed=args.seed,
+                output_dir=args.output_dir, **columns,
+            )  # fmt: skip
+            make_donor(donor_args)
+            state.wait_for_everyone()
+        args.base, args.donor = str(out / "base"), str(out / "donor")
+        skip += 2048  # the donor's own rows
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    base = AutoModelForSequenceClassification.from_pretrained(args.base)
+    names = [base.config.id2label[index] for index in range(base.config.num_labels)]
+    options: dict[str, Any] = {"text_columns": args.text_columns, "label_column": args.label_column}
+    embedded = args.train == tasks.DOCSTRINGS
+    wanted = args.max_train_samples + args.calibration_samples
+    rows = tasks.load_rows(args.train, "train", **options, limit=wanted, skip=skip, seed=args.seed)
+    if not embedded:
+        options["label_names"] = tasks.label_names(rows)
+    held_out = min(args.calibration_samples, len(rows) // 2)
+    calibration = tasks.tokenize(rows.select(range(held_out)), tokenizer, args.max_length)
+    train = tasks.tokenize(rows.select(range(held_out, len(rows))), tokenizer, args.max_length)
+    measured_on = tasks.load_rows(
+        args.validation or args.train, "test" if args.validation is None else "validation", **options,
+        limit=args.max_validation_samples,
+    )  # fmt: skip
+    test = tasks.tokenize(measured_on, tokenizer, args.max_length)
+
+    base.to(state.device).eval()
+    logits, labels = tasks.predict(base, test, tokenizer)
+    scores = {"base": tasks.measure(logits, labels)}
+    donor = AutoModelForSequenceClassification.from_pretrained(args.donor).to(state.device).eval()
+    donor_logits, _ = tasks.predict(donor, test, tokenizer)
+    scores["donor"] = tasks.measure(donor_logits, labels)
+    del donor
+
+    started = time.perf_counter()
+    model = fit(base, args.donor, tokenizer, train, calibration, args)
+    seconds = time.perf_counter() - started
+    graft_logits, _ = tasks.predict(model, test, tokenizer)
+    scores["graft"] = tasks.measure(graft_logits, labels)
+    for name, found in (("base", logits), ("donor", donor_logits), ("graft", graft_logits)):
+        scores[name]["agreement"] = agreement(found.argmax(-1), donor_logits.argmax(-1))
+
+    if state.is_main_process:
+        model.save_pretrained(out)
+        fresh = AutoModelForSequenceClassification.from_pretrained(args.base).to(state.device)
+        reloaded, _ = tasks.predict(PeftModel.from_pretrained(fresh, out).eval(), test, tokenizer)
+        if not torch.equal(reloaded, graft_logits):
+            difference = float((reloaded - graft_logits).abs().max())
+            raise ValueError(f"reloaded logits must equal the graft's, got a difference of {difference!r}.")
+    config = model.peft_config["default"]
+    gain = scores["donor"]["accuracy"] - scores["base"]["accuracy"]
+    report = {
+        **scores,
+        "share_of_accuracy": scores["graft"]["accuracy"] / scores["donor"]["accuracy"],
+        "share_of_gain": (scores["graft"]["accuracy"] - scores["base"]["accuracy"]) / gain if gain else None,
+        "entries": config.entries,
+        "eligible": config.eligible,
+        "alpha": config.alpha,
+        "bytes": sum((out / name).stat().st_size for name in ADAPTER_FILES) if state.is_main_process else None,
+        "seconds": round(seconds, 2),
+        "labels": names,
+        "rows": {"train": len(train), "calibration": len(calibration), "validation": len(test)},
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in ("peft-graft", "torch", "transformers", "peft", "accelerate")},
+    }
+    if state.is_main_process:
+        (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """Base, donor and graft side by side, and what the graft costs."""
+    columns = ("accuracy", "f1", "ece", "loss", "agreement")
+    lines = [f"{'':6}" + "".join(f"{name:>11}" for name in columns)]
+    for name in ("base", "donor", "graft"):
+        lines.append(f"{name:6}" + "".join(f"{report[name][column]:11.4f}" for column in columns))
+    alpha = f"{report['alpha']:.3g}" if isinstance(report["alpha"], float | int) else "one per tensor"
+    gain = "" if report["share_of_gain"] is None else f" and {report['share_of_gain']:.1%} of its gain over the base"
+    lines += [
+        f"\nThe graft keeps {report['share_of_accuracy']:.1%} of the donor's accuracy{gain}",
+        f"with {report['entries']:,} of {report['eligible']:,} entries "
+        f"({report['entries'] / report['eligible']:.4%}), {report['bytes'] / 1024:.1f} KiB on disk, alpha {alpha}, "
+        f"found in {report['seconds']:.0f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the flags, graft, print the table."""
+    (args,) = HfArgumentParser(GraftArguments).parse_args_into_dataclasses()
+    report = run(args)
+    if PartialState().is_main_process:
+        print("\n" + table(report))
+        print(f"saved and reloaded with equal logits: {args.output_dir}/{', '.join(ADAPTER_FILES)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""GRAFT as a PEFT method: importing this package registers it."""
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from .._register import GRAFT
+from .config import GraftConfig
+from .layer import GraftLayer, GraftLinear, Sidecar
+from .model import GraftModel
+
+__all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "Sidecar"]
+
+if GRAFT not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="graft", config_cls=GraftConfig, model_cls=GraftModel)

@@ -1,0 +1,36 @@
+"""Checkpoints of mask training: a Trainer's keep the logits, so that it can resume; every other save packs the mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .mask import GraftState
+
+
+class MaskCheckpoint(TrainerCallback):
+    """Mark grafts as in training while a Trainer trains them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Let checkpoints keep the logits."""
+        _mark(model, True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Let saves pack the mask again."""
+        _mark(model, False)
+
+
+def _mark(model: Any, in_training: bool) -> None:
+    for module in model.modules():
+        for state in getattr(module, "states", {}).values() if "states" in vars(module) else ():
+            if isinstance(state, GraftState):
+                state.in_training = in_training
+
+
+def register_with_trainer() -> None:
+    """Add the callback to those that every Trainer starts with, once."""
+    from transformers import trainer  # imported late: only learned masks need it
+
+    if MaskCheckpoint not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(MaskCheckpoint)

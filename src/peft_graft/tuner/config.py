@@ -1,0 +1,162 @@
+"""GraftConfig: what to graft, from which donor, how much of it and how it is chosen."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+from torch import nn
+
+from .._register import GRAFT
+from ..selection import RULES, get_rule
+
+_SCOPES = ("global", "tensor")
+_GRANULARITIES = ("entry", "tensor", "layer")
+
+
+@dataclass
+class GraftConfig(PeftConfig):
+    """Configuration of a graft: theta = theta_base + alpha * mask * (theta_donor - theta_base), |mask| = budget.
+
+    Args:
+        donor: Fine-tuned checkpoint of the base's architecture: a directory or Hub id with safetensors, a module in
+            memory, or `"zeros"` (the mask says which base entries become 0, arXiv 2004.14129). Not needed to load a
+            saved adapter.
+        donor_revision: Revision of a donor on the Hub.
+        density: Share of the eligible entries to take from the donor, in (0, 1].
+        num_params: The same as an integer; mutually exclusive with `density`.
+        selection: Rule that scores the entries: see `peft_graft.RULES`.
+        scope: `"global"`, one budget over all targeted tensors, or `"tensor"`, the same density in each.
+        granularity: `"entry"`, or whole `"tensor"`s or `"layer"`s.
+        candidates: How many times the budget a learned mask may choose from, >= 1; the candidates are the entries
+            with the largest |delta|.
+        alpha: Scale of the patch: 1 writes the donor's bits; any other number writes base + alpha * (donor - base);
+            `"auto"` is fitted by `initialize_graft` on calibration data. Once fitted, the number, or one number per
+            tensor.
+        alpha_scope: What `alpha="auto"` fits: `"global"`, one number, or `"tensor"`, one per tensor.
+        target_modules: Names (suffixes) or a regular expression of the modules to graft. Default: every leaf module
+            that owns parameters except the embeddings and the head; `"all"` takes these too.
+        target_parameters: Names (suffixes) of bare parameters to graft.
+        exclude_modules: Names or a regular expression of modules to leave alone.
+        modules_to_save: Modules taken whole from the donor and stored with the patch; task heads are added by PEFT.
+        layers_to_transform: Indices of the layers to graft.
+        layers_pattern: Name of the list of layers, where it is not the first number in the module's name.
+        seed: Seed of `random` and of everything drawn during selection.
+
+    Raises:
+        ValueError: One message for all fields that are out of range.
+    """
+
+    donor: Any = field(
+        default=None, metadata={"help": "Fine-tuned checkpoint (directory, Hub id or module), or 'zeros'."}
+    )
+    donor_revision: str | None = field(default=None, metadata={"help": "Revision of a donor on the Hub."})
+    density: float | None = field(default=None, metadata={"help": "Share of the eligible entries, in (0, 1]."})
+    num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
+    selection: str = field(default="magnitude", metadata={"help": f"Rule, one of {sorted(RULES)}."})
+    scope: str = field(default="global", metadata={"help": "One budget over all tensors, or one per tensor."})
+    granularity: str = field(default="entry", metadata={"help": "Take entries, whole tensors or whole layers."})
+    candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
+    alpha: Any = field(default=1.0, metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
+    alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one per tensor."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to graft; default all but embeddings and head; 'all' for every one."}
+    )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Bare parameters to graft."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules taken whole from the donor."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to graft."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    seed: int = field(default=0, metadata={"help": "Seed of the selection."})
+    # Written by the package, read on load: they make a saved adapter self-contained.
+    eligible: int | None = field(default=None, metadata={"help": "Recorded: entries the budget is a share of."})
+    entries: int | None = field(default=None, metadata={"help": "Recorded: entries taken from the donor."})
+    fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "Recorded: the base at the patch."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Recorded: how the patch was made."})
+
+    # PEFT saves whole embeddings when they are targeted, unless the method is known to store single rows. Not a field.
+    trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
+
+    def __post_init__(self) -> None:
+        """Validate all fields, collecting every offender."""
+        super().__post_init__()
+        self.peft_type = GRAFT
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        problems = list(self._problems())
+        if problems:
+            raise ValueError(" ".join(problems))
+
+    def _problems(self) -> Any:
+        def problem(what: str, constraint: str, remedy: str) -> str:
+            return f"{what} must be {constraint}, got {getattr(self, what)!r}. {remedy}"
+
+        if self.density is not None and self.num_params is not None:
+            yield (
+                f"density and num_params must not both be given, got {self.density!r} and {self.num_params!r}. "
+                "Leave one out."
+            )
+        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
+            yield problem("density", "in (0, 1]", "Give the share of entries to graft.")
+        if self.num_params is not None and not (_is_integer(self.num_params) and self.num_params >= 1):
+            yield problem("num_params", "an integer >= 1", "Give the number of entries to graft.")
+        if self.donor is not None and not isinstance(self.donor, str | os.PathLike | nn.Module) and not hasattr(
+            self.donor, "get"
+        ):
+            yield problem("donor", "a directory, a Hub id, a module or 'zeros'", "Pass the fine-tuned checkpoint.")
+        if self.selection not in RULES:
+            yield problem("selection", f"one of {sorted(RULES)}", "Choose a rule of the table.")
+        if self.scope not in _SCOPES:
+            yield problem("scope", f"one of {list(_SCOPES)}", "Use 'global' for one exact budget.")
+        if self.granularity not in _GRANULARITIES:
+            yield problem("granularity", f"one of {list(_GRANULARITIES)}", "Use 'entry' for single entries.")
+        if not (_is_number(self.candidates) and self.candidates >= 1):
+            yield problem("candidates", "a number >= 1", "It multiplies the budget.")
+        alphas = self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]
+        if self.alpha != "auto" and not all(_is_number(alpha) for alpha in alphas):
+            yield problem("alpha", "a finite number, numbers by tensor name, or 'auto'", "1 grafts the donor's values.")
+        if self.alpha_scope not in _SCOPES:
+            yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
+        if self.selection in ("learned", "sigmoid") and self.granularity != "entry":
+            yield problem("granularity", f"'entry' with selection={self.selection!r}", "Only entries are trained.")
+        if not _is_integer(self.seed):
+            yield problem("seed", "an integer", "Use 0.")
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the patch comes from a saved adapter, so that no donor is looked for."""
+        return self.fingerprint is not None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `initialize_graft` must see data before the graft is complete."""
+        return get_rule(self.selection).needs not in ("weights", "training") or self.alpha == "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a JSON-able dictionary; a donor in memory becomes its name."""
+        plain = copy.copy(self)
+        if isinstance(plain.donor, nn.Module) or hasattr(plain.donor, "get"):
+            from ..deltas import open_donor
+
+            plain.donor = open_donor(plain.donor).name
+        elif plain.donor is not None:
+            plain.donor = os.fspath(plain.donor)
+        result = super(GraftConfig, plain).to_dict()
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(result[key], set):
+                result[key] = sorted(result[key])
+        return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,371 @@
+"""GraftLayer: a module whose parameters carry a patch, and Sidecar, the same for parameters of a parent module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .mask import GraftState, Slot
+
+SIDECAR = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a wrapped module patches: its own; for `nn.MultiheadAttention` also its projection's."""
+    return dict(module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention), remove_duplicate=False))
+
+
+def param_key(param: str) -> str:
+    """Name of a parameter as an attribute: `out_proj.weight` becomes `out_proj__weight`."""
+    return param.replace(".", "__")
+
+
+class GraftLayer(nn.Module, BaseTunerLayer):
+    """Wrap any module that owns parameters; the forward is the module's own, run on patched parameters.
+
+    Args:
+        base_layer: Module to wrap; stays the owner of its parameters.
+        name: Name of the module in the unwrapped model.
+        states: Shared state per adapter name, owned by the `GraftModel`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("graft_patch",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._setup(name, states)
+
+    def _setup(self, name: str, states: dict[str, GraftState]) -> None:
+        self.graft_patch = nn.ModuleDict()
+        self.tensor_prefix = name
+        self.states = states
+        self.keys = {param: param_key(param) for param in own_parameters(self.get_base_layer())}
+        self.aliases: dict[str, tuple[GraftLayer, str]] = {}  # tied parameters: who owns the patch
+        self.tied: set[str] = set()  # parameters that another module holds as well
+        self.merged_adapters: list[str] = []
+        self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._disable_adapters = False
+
+    # Structure
+
+    def tensor_name(self, param: str) -> str:
+        """Name of the parameter in the unwrapped model."""
+        return f"{self.tensor_prefix}.{param}" if self.tensor_prefix else param
+
+    def base_parameter(self, param: str) -> torch.Tensor:
+        """The base's parameter itself (patched in place while merged)."""
+        module, _, name = param.rpartition(".")
+        return self.get_base_layer().get_submodule(module)._parameters[name]
+
+    def add_slot(self, adapter_name: str, params: list[str] | None = None) -> None:
+        """Make room for an adapter.
+
+        Args:
+            adapter_name: Name of the adapter.
+            params: Parameters that it may patch; None for all. Added to those of an existing slot.
+        """
+        eligible = tuple(self.keys) if params is None else tuple(params)
+        if adapter_name in self.graft_patch:
+            slot = self.graft_patch[adapter_name]
+            slot.eligible = tuple(param for param in self.keys if param in {*slot.eligible, *eligible})
+        else:
+            self.graft_patch[adapter_name] = Slot(eligible)
+
+    def install(
+        self,
+        adapter_name: str,
+        param: str,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """Give an adapter its entries of one parameter (see `Slot.install`), on the parameter's device."""
+        device = self.base_parameter(param).device
+        slot = self.graft_patch[adapter_name]
+        logits = None if logits is None else logits.to(device)
+        slot.install(self.keys[param], indices.to(device), values.to(device), logits)
+        if logits is not None:
+            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param])
+
+    def clear(self, adapter_name: str) -> None:
+        """Take an adapter's entries away."""
+        if adapter_name in self.graft_patch:
+            slot = self.graft_patch[adapter_name]
+            for param in list(slot.params):
+                slot.remove(param)
+
+    # Patched values
+
+    def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
+        """The base's own values at these flat indices, also while merged."""
+        flat = self.base_parameter(param).detach().reshape(-1)
+        if param not in self._backup:
+            return flat[indices]
+        where, values = self._backup[param]
+        flat = flat.clone()
+        flat[where] = values
+        return flat[indices]
+
+    def entries(
+        self, adapter_name: str, param: str, training: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Flat indices of an adapter's patch of one parameter, and the values it puts there.
+
+        Args:
+            adapter_name: Name of the adapter.
+            param: Parameter of this layer.
+            training: Whether a learned mask must stay differentiable: then all candidates are returned.
+
+        Returns:
+            Indices int64 [n] and values [n] in the base's dtype, or None where there is no patch.
+        """
+        slot = self.graft_patch[adapter_name] if adapter_name in self.graft_patch else None
+        key = self.keys[param]
+        if slot is None or key not in slot.params:
+            return None
+        state, name = self.states[adapter_name], self.tensor_name(param)
+        indices, donor, logits = slot.indices(key), slot.values(key), slot.logits(key)
+        mask = None if logits is None else state.mask(name)
+        if mask is not None and not training:
+            indices, donor, mask, logits = indices[mask], donor[mask], None, None
+        base = self.base_entries(param, indices)
+        alpha = state.scale(name)
+        # alpha = 1 must give the donor's bits; base + (donor - base) would not.
+        exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
+        full = donor.to(base.dtype) if exactly_donor else scaled(base, donor, alpha)
+        if mask is None or logits is None:
+            return indices, full
+        exact = torch.where(mask, full, base)
+        # The straight-through estimator: the forward is the exact mask, the gradient that of the sigmoid.
+        soft = torch.sigmoid(logits)
+        through = (soft - soft.detach()) * (alpha * (donor.float() - base.float()))
+        return indices, exact + through.to(base.dtype)
+
+    def joint_entries(
+        self, adapter_names: list[str], param: str, training: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Entries of several adapters together; where they touch the same entry, the mean of their values.
+
+        The mean does not depend on the order of the adapters.
+        """
+        found = [
+            entries
+            for name in sorted(set(adapter_names))
+            if (entries := self.entries(name, param, training)) is not None
+        ]
+        if len(found) < 2:
+            return found[0] if found else None
+        indices, where = torch.cat([indices for indices, _ in found]).unique(return_inverse=True)
+        values = torch.cat([values for _, values in found])
+        total = torch.zeros(indices.numel(), dtype=torch.float64, device=values.device)
+        count = torch.zeros_like(total).index_add(0, where, torch.ones_like(values, dtype=torch.float64))
+        total = total.index_add(0, where, values.double())
+        return indices, (total / count).to(values.dtype)
+
+    def effective(self, param: str) -> torch.Tensor | None:
+        """The parameter with the active patches on it, or None where that is the base's own."""
+        owner, owned = self.aliases.get(param, (self, param))
+        if owner.merged or owner.disable_adapters:
+            return None
+        found = owner.joint_entries(owner.active_adapters, owned, training=self.training)
+        if found is None:
+            return None
+        base = self.base_parameter(param)
+        indices, values = found
+        return base.reshape(-1).index_put((indices,), values).view(base.shape)
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Let the wrapped module see patched parameters.
+
+        An instance attribute shadows a registered parameter; unlike functional_call this also holds under FSDP.
+        """
+        base, shadowed = self.get_base_layer(), []
+        try:
+            for param in self.keys:
+                tensor = self.effective(param)
+                if tensor is not None:
+                    module, _, name = param.rpartition(".")
+                    owner = base.get_submodule(module)
+                    owner.__dict__[name] = tensor
+                    shadowed.append((owner, name))
+            yield
+        finally:
+            for owner, name in shadowed:
+                del owner.__dict__[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module on patched parameters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        with self.patched():
+            return self.base_layer(*args, **kwargs)
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the patch into the base's parameters, keeping the overwritten entries.
+
+        Args:
+            safe_merge: Refuse values that are not finite.
+            adapter_names: Adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` and a value is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.graft_patch]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        patches = {
+            param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None
+        }
+        if safe_merge:
+            broken = [self.tensor_name(param) for param, (_, values) in patches.items() if not values.isfinite().all()]
+            if broken:
+                raise ValueError(f"merged values must be finite, got NaN or Inf in {broken}. The adapter seems broken.")
+        self.unmerge()
+        with torch.no_grad():
+            for param, (indices, values) in patches.items():
+                flat = self.base_parameter(param).data.view(-1)
+                self._backup[param] = (indices, flat[indices].clone())
+                flat[indices] = values.to(flat.dtype)
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Put the base's own bits back."""
+        with torch.no_grad():
+            for param, (indices, values) in self._backup.items():
+                self.base_parameter(param).data.view(-1)[indices] = values.to(self.base_parameter(param).device)
+        self._backup = {}
+        self.merged_adapters = []
+
+    # Host contract
+
+    def train(self, mode: bool = True) -> GraftLayer:
+        """Switch between the straight-through mask (training) and the exact one (evaluation)."""
+        for state in self.states.values():
+            state.invalidate()
+        return super().train(mode)
+
+    def _read(self, param: str) -> torch.Tensor:
+        # Tied names must stay the parameter itself, or tie_weights would tie a copy.
+        patched = None if param in self.tied else self.effective(param)
+        return self.base_parameter(param) if patched is None else patched
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The patched weight, for code that reads another module's weight."""
+        return self._read("weight") if "weight" in self.keys else self.get_base_layer().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The patched bias, or None."""
+        return self._read("bias") if "bias" in self.keys else self.get_base_layer().bias
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward what this wrapper lacks to the wrapped module, patched where it is a parameter."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            if name in self.__dict__.get("keys", {}):
+                return self._read(name)
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forward writes of the wrapped module's parameters to it (weight tying, initialisation)."""
+        if name in self.__dict__.get("keys", {}):
+            setattr(self.get_base_layer(), name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        parameter = next(iter(own_parameters(base_layer).values()), None)
+        return (None, None) if parameter is None else (parameter.device, parameter.dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The stock method would also cast to the base's dtype and so lose the donor's bits.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if adapter_name in self.graft_patch and device is not None and device.type != "meta":
+            self.graft_patch[adapter_name].to(device)
+
+    def __repr__(self) -> str:
+        """Show the method in front of the wrapped module, as PEFT's layers do."""
+        return "graft." + super().__repr__()
+
+
+class GraftLinear(GraftLayer):
+    """GraftLayer of a linear module: its class name lets `target_modules="all-linear"` find it again."""
+
+
+class Sidecar(GraftLayer):
+    """Patch bare parameters of a module that has submodules: a child that acts through the parent's forward hooks."""
+
+    def __init__(self, parent: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["parent"] = parent  # not registered: the parent already contains this module
+        self._setup(name, states)
+        self._open: list[Any] = []
+        self._hooks = [
+            parent.register_forward_pre_hook(self._enter),
+            parent.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def get_base_layer(self) -> nn.Module:
+        """The parent module whose parameters are patched."""
+        return self.__dict__["parent"]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        context = self.patched()
+        context.__enter__()
+        self._open.append(context)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open:
+            self._open.pop().__exit__(None, None, None)
+
+    def detach_from_parent(self) -> None:
+        """Remove the hooks and this module from the parent."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self.get_base_layer(), SIDECAR)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Merge or unmerge; the caller then removes this module."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not called: the parent's forward is patched through its hooks."""
+        raise RuntimeError("a Sidecar has no forward of its own. Call the module that contains it.")
+
+    def __getattr__(self, name: str) -> Any:
+        """Like any module: nothing is forwarded, or the parent would be searched through its own child."""
+        return nn.Module.__getattr__(self, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sidecar:
+        """Copy along with the parent, whose hooks are copied with it."""
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return clone
+
+
+def scaled(base: torch.Tensor, donor: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
+    """base + alpha * (donor - base), computed in float32 and rounded once to the base's dtype."""
+    return (base.float() + alpha * (donor.float() - base.float())).to(base.dtype)

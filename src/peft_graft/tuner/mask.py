@@ -1,0 +1,136 @@
+"""The mask over a learned graft's candidates: soft or straight-through in training, exact in evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..selection import top_k_mask
+
+
+class Slot(nn.Module):
+    """What one adapter holds for one layer: per parameter the flat indices, the donor's values, and maybe logits.
+
+    A parameter without entries has no tensors here, so nothing of size zero is ever registered.
+    """
+
+    def __init__(self, eligible: tuple[str, ...]) -> None:
+        super().__init__()
+        self.eligible = eligible
+        self.params: list[str] = []
+
+    def install(
+        self, param: str, indices: torch.Tensor, values: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> None:
+        """Hold these entries for `param`, in place where the shapes allow it, so that optimizers keep their hold.
+
+        Args:
+            param: Key of the parameter.
+            indices: Flat indices, int64 [n], increasing.
+            values: The donor's values, float [n].
+            logits: Mask logits, float32 [n]; None for a fixed mask.
+        """
+        held = self.logits(param)
+        if logits is not None and held is not None and held.shape == logits.shape:
+            with torch.no_grad():
+                held.copy_(logits)
+        elif logits is not None:
+            self.remove(param)
+            self.register_parameter(f"{param}_logits", nn.Parameter(logits.detach().clone().float()))
+        else:
+            self.remove(param)
+        self.register_buffer(f"{param}_indices", indices)
+        self.register_buffer(f"{param}_values", values)
+        if param not in self.params:
+            self.params = sorted([*self.params, param])
+
+    def remove(self, param: str) -> None:
+        """Forget the entries of `param`, if any."""
+        for kind in ("indices", "values", "logits"):
+            if hasattr(self, f"{param}_{kind}"):
+                delattr(self, f"{param}_{kind}")
+        self.params = [name for name in self.params if name != param]
+
+    def indices(self, param: str) -> torch.Tensor:
+        """Flat indices of `param`, int64 [n]."""
+        return getattr(self, f"{param}_indices")
+
+    def values(self, param: str) -> torch.Tensor:
+        """The donor's values of `param`, float [n]."""
+        return getattr(self, f"{param}_values")
+
+    def logits(self, param: str) -> nn.Parameter | None:
+        """Mask logits of `param`, float32 [n], or None for a fixed mask."""
+        return getattr(self, f"{param}_logits", None)
+
+    def extra_repr(self) -> str:
+        """Show how many entries each parameter has."""
+        return ", ".join(f"{param}: {self.indices(param).numel()}" for param in self.params)
+
+
+class GraftState:
+    """What the layers of one adapter share: the scale, and the one budget that spans all of their candidates.
+
+    Args:
+        alpha: Scale of the patch, or one per tensor name.
+        budget: Number of entries of a learned mask, or one number per tensor name (`scope="tensor"`).
+    """
+
+    def __init__(self, alpha: float | dict[str, float] = 1.0, budget: int | dict[str, int] | None = None) -> None:
+        self.alpha = alpha
+        self.budget = budget
+        self.ready = False  # whether the patch is complete, so that it may be saved
+        self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
+        self._members: dict[str, tuple[Slot, str]] = {}
+        self._masks: dict[str, torch.Tensor] = {}
+        self._versions: tuple[tuple[int, int], ...] = ()
+
+    def register(self, name: str, slot: Slot, param: str) -> None:
+        """Let the budget span the logits of this tensor."""
+        self._members[name] = (slot, param)
+        self._members = dict(sorted(self._members.items()))
+        self.invalidate()
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._members = {}
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """Forget the mask, for changes of the logits that their version counters do not show."""
+        self._versions = ()
+
+    def scale(self, name: str) -> float | torch.Tensor:
+        """Alpha of this tensor; a tensor while it is being fitted by gradients."""
+        return self.alpha.get(name, 1.0) if isinstance(self.alpha, dict) else self.alpha
+
+    def logits(self) -> dict[str, nn.Parameter]:
+        """Mask logits by tensor name."""
+        found = {name: slot.logits(param) for name, (slot, param) in self._members.items()}
+        return {name: logits for name, logits in found.items() if logits is not None}
+
+    def mask(self, name: str) -> torch.Tensor:
+        """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors."""
+        logits = self.logits()
+        versions = tuple((id(values), values._version) for values in logits.values())
+        if versions != self._versions:
+            self._masks = self.masks_of({key: values.detach() for key, values in logits.items()})
+            self._versions = versions
+        return self._masks[name]
+
+    def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Exact masks for these logits, ties broken by (tensor name, flat index).
+
+        Args:
+            logits: By tensor name, float32 [n], entries in order of their flat index.
+
+        Returns:
+            Bool [n] by tensor name.
+        """
+        names = sorted(logits)
+        if isinstance(self.budget, dict):
+            return {name: top_k_mask(logits[name], self.budget[name]) for name in names}
+        device = logits[names[0]].device
+        everything = torch.cat([logits[name].to(device) for name in names])
+        masks = top_k_mask(everything, self.budget or 0).split([logits[name].numel() for name in names])
+        return {name: mask.to(logits[name].device) for name, mask in zip(names, masks, strict=True)}

@@ -1,0 +1,424 @@
+"""GraftModel: wrap the base, read the donor tensor by tensor, make the patch, save and load it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _find_minimal_target_modules
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import _get_submodules
+from torch import nn
+
+from ..deltas import Donor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names, stream
+from ..selection import Evidence, TopK, get_rule, resolve_budget, select
+from . import storage
+from .checkpoint import register_with_trainer
+from .config import GraftConfig
+from .layer import SIDECAR, GraftLayer, GraftLinear, Sidecar, own_parameters
+from .mask import GraftState
+from .targets import default_targets, is_wrappable, refuse
+
+Target = tuple[GraftLayer, str]
+
+
+class GraftModel(BaseTuner):
+    """Graft a donor's skill into a base: theta = theta_base + alpha * mask * (theta_donor - theta_base).
+
+    Made by `get_peft_model(base, GraftConfig(...))` or `PeftModel.from_pretrained(base, path)`.
+    """
+
+    prefix: str = "graft_"
+    tuner_layer_cls = GraftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["states"] = {}  # set before the base class injects; shared with every layer
+        self.__dict__["donors"] = {}
+        self.__dict__["donor_heads"] = {}
+        states, donors, heads = self.states, self.donors, self.donor_heads
+        self._shared = (states, donors, heads)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Wrap the targeted modules and, unless the patch comes from a file, make it from the donor.
+
+        Raises:
+            DonorError: The donor does not fit the base.
+            SelectionError: The budget is impossible.
+        """
+        config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
+        self.peft_config[adapter_name] = config
+        from_file = config.is_pretrained or state_dict is not None or low_cpu_mem_usage
+        if config.donor is None and not from_file:
+            raise DonorError(
+                "donor must be a checkpoint, a module or 'zeros', got None. "
+                "Pass GraftConfig(donor=...), or load a saved adapter with PeftModel.from_pretrained."
+            )
+        if config.density is None and config.num_params is None and not from_file:
+            resolve_budget(1, None, None)
+        self.states[adapter_name] = GraftState(alpha=1.0 if config.alpha == "auto" else config.alpha)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        self._link_tied(model, adapter_name)
+        if not from_file:
+            self._graft(adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: GraftConfig, model_config: dict[str, Any]) -> GraftConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters is not None:
+            return peft_config
+        if peft_config.target_modules is None or peft_config.target_modules == "all":
+            names, others, bare = default_targets(self.model, everything=peft_config.target_modules == "all")
+            if not names and not bare:
+                raise ValueError("target_modules must match a module that owns parameters, got none in this model.")
+            short = _find_minimal_target_modules(names, others) if names and others else set(names)
+            peft_config.target_modules = short
+            if bare:
+                peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *bare})
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: GraftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        params = None if parameter_name is None else [parameter_name]
+        if isinstance(parent, GraftLayer):
+            return  # part of a unit that is wrapped as a whole, such as the projection of nn.MultiheadAttention
+        self._wrap(parent, target_name, target, current_key).add_slot(adapter_name, params)
+
+    def _wrap(self, parent: nn.Module, target_name: str, target: nn.Module, key: str) -> GraftLayer:
+        if isinstance(target, GraftLayer):
+            return target
+        refuse(key, target)
+        if not is_wrappable(target):
+            sidecar = getattr(target, SIDECAR, None)
+            if sidecar is None:
+                sidecar = Sidecar(target, key, self.states)
+                target.add_module(SIDECAR, sidecar)
+            return sidecar
+        cls = GraftLinear if isinstance(target, nn.Linear) else GraftLayer
+        layer = cls(target, key, self.states)
+        layer.train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+        return layer
+
+    def _inject_parameters(
+        self, peft_config: GraftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Wrap the owners of the bare parameters that `target_parameters` names."""
+        found: list[str] = []
+        wanted = set(peft_config.target_parameters or [])
+        for key, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, Sidecar) or ".base_layer" in f".{key}":
+                continue
+            owner = module.get_base_layer() if isinstance(module, GraftLayer) else module
+            for param, _ in owner.named_parameters(recurse=False):
+                name = f"{key}.{param}" if key else param
+                if name not in wanted and not any(name.endswith(f".{suffix}") for suffix in wanted):
+                    continue
+                if not key and is_wrappable(owner):
+                    raise ValueError(
+                        f"target_parameters must name parameters of submodules, got {name!r}, which the model itself "
+                        "owns. Wrap the model in another module."
+                    )
+                parent, target, target_name = _get_submodules(model, key) if key else (model, model, "")
+                self._wrap(parent, target_name, target, key).add_slot(adapter_name, [param])
+                found.append(name)
+        return found
+
+    def _link_tied(self, model: nn.Module, adapter_name: str) -> None:
+        """Give every parameter object one owner; wrap its other holders, so that they see the patch too."""
+        owners: dict[int, Target] = {}
+        for layer in self._layers():
+            for param in layer.keys:
+                owners.setdefault(id(layer.base_parameter(param)), (layer, param))
+        for key, module in list(model.named_modules(remove_duplicate=False)):
+            inside = ".base_layer" in f".{key}" or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            if inside or not any(id(p) in owners for p in module._parameters.values() if p is not None):
+                continue
+            parent, target, target_name = _get_submodules(model, key)
+            if not isinstance(parent, GraftLayer) and not isinstance(target, GraftLayer):
+                self._wrap(parent, target_name, target, key)
+        for layer in self._layers():
+            for param in layer.keys:
+                owner, owned = owners.setdefault(id(layer.base_parameter(param)), (layer, param))
+                if (owner, owned) != (layer, param):
+                    layer.aliases[param] = (owner, owned)
+                    layer.tied.add(param)
+                    owner.tied.add(owned)
+
+    def _layers(self) -> Iterator[GraftLayer]:
+        for module in self.model.modules():
+            if isinstance(module, GraftLayer):
+                yield module
+
+    # Making the patch
+
+    def targets(self, adapter_name: str) -> dict[str, Target]:
+        """Tensors the adapter may patch, by name in the unwrapped model, sorted; tied tensors once.
+
+        Returns:
+            (layer, parameter) by tensor name.
+        """
+        found: dict[str, Target] = {}
+        for layer in self._layers():
+            if adapter_name not in layer.graft_patch:
+                continue
+            for param in layer.graft_patch[adapter_name].eligible:
+                owner, owned = layer.aliases.get(param, (layer, param))
+                if owner is not layer and adapter_name not in owner.graft_patch:
+                    owner.add_slot(adapter_name, [owned])
+                found[owner.tensor_name(owned)] = (owner, owned)
+        return dict(sorted(found.items()))
+
+    def base_tensors(self, targets: Mapping[str, Target]) -> dict[str, torch.Tensor]:
+        """The base's parameters by tensor name."""
+        return {name: layer.base_parameter(param).detach() for name, (layer, param) in targets.items()}
+
+    def _graft(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        donor = open_donor(config.donor, config.donor_revision)
+        self.donors[adapter_name] = donor
+        self._graft_heads(adapter_name, donor)
+        rule = get_rule(config.selection)
+        if rule.needs in ("weights", "training"):
+            self.make_patch(adapter_name)
+
+    def donor_names(self, adapter_name: str) -> dict[str, str]:
+        """Donor tensor name by base tensor name, for every targeted tensor.
+
+        Raises:
+            DonorError: Tensors are missing or have other shapes.
+        """
+        targets = self.targets(adapter_name)
+        prefix = getattr(self.model, "base_model_prefix", "")
+        aliases: dict[str, list[str]] = {}
+        for layer in self._layers():
+            for param, (owner, owned) in layer.aliases.items():
+                aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
+        return resolve_names(
+            {name: tuple(layer.base_parameter(param).shape) for name, (layer, param) in targets.items()},
+            self.donors[adapter_name],
+            prefixes=(prefix,) if prefix else (),
+            aliases=aliases,
+        )
+
+    def make_patch(
+        self, adapter_name: str = "default", measured: Mapping[str, torch.Tensor] | None = None, progress: bool = False
+    ) -> None:
+        """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
+
+        Args:
+            adapter_name: Name of the adapter.
+            measured: What the rule needs from data, by tensor name, broadcastable to the tensor.
+            progress: Show a progress bar.
+
+        Raises:
+            DonorError: The donor does not fit the base, or equals it.
+            SelectionError: The budget is impossible.
+        """
+        config, state = self.peft_config[adapter_name], self.states[adapter_name]
+        donor = self.donors[adapter_name]
+        rule, targets = get_rule(config.selection), self.targets(adapter_name)
+        base, names = self.base_tensors(targets), self.donor_names(adapter_name)
+        sizes = {name: tensor.numel() for name, tensor in base.items()}
+        total = sum(sizes.values())
+        largest = 0.0
+
+        def scored() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal largest
+            for name, before, after in stream(base, donor, names, progress=progress):
+                delta = after.to(before.device).float() - before.float()
+                largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
+                evidence = None if measured is None else measured[name]
+                yield name, rule.score(Evidence(name, before, delta, evidence, config.seed))
+
+        budget: dict[str, Any] = {"density": config.density, "num_params": config.num_params}
+        trained = rule.needs == "training"
+        if trained:
+            state.budget = resolve_budget(total, **budget)
+            if config.scope == "tensor":
+                state.budget = {name: round(config.density * size) for name, size in sizes.items()}
+                wide = min(1.0, config.density * config.candidates)
+                chosen = select(scored(), sizes, density=wide, scope="tensor")
+                state.budget = {name: state.budget[name] for name in chosen}
+            else:
+                pool = TopK(min(total, round(config.candidates * state.budget)))
+                for name, scores in scored():
+                    pool.add(name, scores)
+                chosen = pool.result()
+        else:
+            chosen = select(scored(), sizes, **budget, scope=config.scope, granularity=config.granularity)
+        if largest == 0:
+            raise nothing_to_graft(donor, total)
+        self._install(adapter_name, targets, chosen, names, base, trained and config.selection == "learned")
+        config.eligible = total
+        config.entries = _count(state.budget) if trained else sum(index.numel() for index in chosen.values())
+        state.ready = config.alpha != "auto" and config.selection != "sigmoid"
+
+    def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
+        """Make the patch from a mask that is already known.
+
+        Args:
+            adapter_name: Name of the adapter.
+            chosen: Flat indices by tensor name: int64, increasing.
+        """
+        targets = self.targets(adapter_name)
+        chosen = {name: index for name, index in chosen.items() if index.numel()}
+        names, base = self.donor_names(adapter_name), self.base_tensors(targets)
+        self._install(adapter_name, targets, chosen, names, base, trained=False)
+        self.peft_config[adapter_name].entries = sum(index.numel() for index in chosen.values())
+
+    def _install(
+        self,
+        adapter_name: str,
+        targets: Mapping[str, Target],
+        chosen: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        base: Mapping[str, torch.Tensor],
+        trained: bool,
+    ) -> None:
+        donor, state = self.donors[adapter_name], self.states[adapter_name]
+        state.clear()
+        starts = None
+        for name, (layer, _) in targets.items():
+            layer.clear(adapter_name)
+        values = {
+            name: after.reshape(-1)[chosen[name]]
+            for name, _, after in stream(base, donor, {name: names[name] for name in chosen})
+        }
+        if trained:
+            register_with_trainer()
+            starts = start_logits(
+                {
+                    name: (values[name].float() - base[name].reshape(-1)[index.to(base[name].device)].cpu().float()).abs()
+                    for name, index in chosen.items()
+                }
+            )
+        for name, index in chosen.items():
+            layer, param = targets[name]
+            layer.install(adapter_name, param, index, values[name], None if starts is None else starts[name])
+        self.set_adapter(self.active_adapters, inference_mode=self.peft_config[adapter_name].inference_mode)
+
+    def _graft_heads(self, adapter_name: str, donor: Donor) -> None:
+        """Fill `modules_to_save` with the donor's values and keep them frozen; what the donor lacks stays trainable."""
+        self.donor_heads[adapter_name] = []
+        if isinstance(donor, ZerosDonor):
+            return
+        held = set(donor.names())
+        for key, module in self.model.named_modules():
+            if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+                continue
+            copies = dict(module.modules_to_save[adapter_name].named_parameters())
+            if not all(f"{key}.{param}" in held for param in copies):
+                continue
+            base = {f"{key}.{param}": value.detach() for param, value in copies.items()}
+            resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
+            for name, before, after in stream(dict(sorted(base.items())), donor):
+                before.copy_(after)
+            self.donor_heads[adapter_name].append(key)
+        self._freeze_heads()
+
+    def _freeze_heads(self) -> None:
+        for adapter_name, keys in self.donor_heads.items():
+            for key in keys:
+                wrapper = self.model.get_submodule(key)
+                if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                    wrapper.modules_to_save[adapter_name].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> GraftModel:
+        """Switch the mask between soft and exact, and keep the donor's head frozen (PEFT unfreezes it)."""
+        self._freeze_heads()
+        return super().train(mode)
+
+    # Host contract
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, Sidecar):
+            child.detach_from_parent()
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: GraftConfig) -> None:
+        """Tied parameters have one patch that all holders see, so there is nothing to warn about."""
+
+    def _check_merge_allowed(self) -> None:
+        """Merging writes into the shared parameter, so tied parameters stay tied."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names must be None for a graft, got {kwargs['adapter_names']!r}. "
+                "Switch with set_adapter, one adapter for the whole batch."
+            )
+        yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter and what its layers share."""
+        super().delete_adapter(adapter_name)
+        for held in self._shared:
+            held.pop(adapter_name, None)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: GraftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        return storage.pack(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: GraftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return storage.unpack(model, config, adapter_name, state_dict)
+
+
+def start_logits(magnitudes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Start a learned mask at the magnitude mask: logits rise linearly in [-1, 1] with the rank of |delta|.
+
+    Args:
+        magnitudes: |delta| of the candidates by tensor name, 1-D.
+
+    Returns:
+        Logits, float32, same shapes; equal magnitudes keep the order (tensor name, flat index).
+    """
+    names = sorted(magnitudes)
+    everything = torch.cat([magnitudes[name] for name in names])
+    order = torch.sort(everything, descending=True, stable=True).indices
+    logits = torch.empty(everything.numel())
+    logits[order] = torch.linspace(1, -1, everything.numel())
+    return dict(zip(names, logits.split([magnitudes[name].numel() for name in names]), strict=True))
+
+
+def _count(budget: int | dict[str, int] | None) -> int:
+    return sum(budget.values()) if isinstance(budget, dict) else int(budget or 0)

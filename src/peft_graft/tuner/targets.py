@@ -1,0 +1,105 @@
+"""Which modules of a model can carry a patch, and which do by default."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .layer import SIDECAR, GraftLayer, own_parameters
+
+
+def is_wrappable(module: nn.Module) -> bool:
+    """Whether the module is a unit: it owns parameters and no submodule of it does (or it is an attention unit)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    inside = sum(1 for _ in module.parameters())
+    return inside > 0 and inside == len(list(module.parameters(recurse=False)))
+
+
+def reason_to_refuse(module: nn.Module) -> str | None:
+    """Why a module cannot be patched, or None."""
+    if parametrize.is_parametrized(module):
+        return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
+    if isinstance(module, nn.RNNBase):
+        return "recurrent modules read flattened weights that a patch cannot shadow"
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, GraftLayer):
+        return f"it is already a {type(module).__name__} of another PEFT method. Merge and unload that adapter first"
+    frozen = [name for name, value in own_parameters(module).items() if not value.is_floating_point()]
+    if frozen:
+        return f"{frozen} hold no floating-point values (a quantized base?). Load the base in a float dtype"
+    if not own_parameters(module):
+        return "it owns no parameters. Name the modules inside of it"
+    return None
+
+
+def refuse(key: str, module: nn.Module) -> None:
+    """Raise for a module that cannot be patched.
+
+    Raises:
+        ValueError: Names the module and says why.
+    """
+    reason = reason_to_refuse(module)
+    if reason:
+        raise ValueError(
+            f"target_modules must name modules that own floating-point parameters, got {key!r} "
+            f"({type(module).__name__}): {reason}, or leave it out with exclude_modules."
+        )
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of a model's head: its output embeddings, and what lies outside of a transformers model's backbone."""
+    heads: set[str] = set()
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    output = getattr(output, "base_layer", output)
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    for key, module in model.named_modules():
+        if output is not None and module is output:
+            heads.add(key)
+        elif backbone is not None and backbone is not model and key and not f"{key}.".startswith(f"{prefix}."):
+            heads.add(key)
+    return heads
+
+
+def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list[str], list[str]]:
+    """Find the modules to graft when the user names none, or says `"all"`.
+
+    Args:
+        model: The base.
+        everything: Take embeddings, the head and bare parameters of parent modules too.
+
+    Returns:
+        Names of the modules to graft, names of all other modules, and names of bare parameters to graft.
+    """
+    heads = set() if everything else head_names(model)
+    names, others, bare, skipped = [], [], [], []
+    units: list[str] = []
+    for key, module in model.named_modules():
+        inner = any(key.startswith(f"{unit}.") for unit in units)
+        if inner or key.endswith(SIDECAR):
+            continue
+        if isinstance(module, GraftLayer | AuxiliaryTrainingWrapper):
+            units.append(key)
+        unit = module.get_base_layer() if isinstance(module, GraftLayer) else module
+        if not key or isinstance(module, AuxiliaryTrainingWrapper) or not is_wrappable(unit):
+            own = [f"{key}.{param}" for param in unit._parameters if unit._parameters[param] is not None]
+            if everything and key and own and not isinstance(module, AuxiliaryTrainingWrapper):
+                bare.extend(own)
+            if key:
+                others.append(key)
+            continue
+        units.append(key)
+        if reason_to_refuse(unit):
+            skipped.append(key)
+        if key in heads or reason_to_refuse(unit) or (isinstance(unit, nn.Embedding) and not everything):
+            others.append(key)
+        else:
+            names.append(key)
+    if skipped:
+        warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.", stacklevel=2)
+    return names, others, bare

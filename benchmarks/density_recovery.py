@@ -1,10 +1,11 @@
 """How much of a donor's skill a patch keeps, by density, rule and alpha: the density-recovery curve.
 
-    python benchmarks/density_recovery.py --donors out/sgd0 out/adamw0 --train train.jsonl --validation validation.jsonl
+    python benchmarks/density_recovery.py --donors out/sgd0 out/adamw0 --train train.jsonl --validation test.jsonl
 
-Each donor directory comes from `examples/make_donor.py` (base/, donor/, metrics.json). Mask and alpha are fitted on rows
-of --train that the donor never saw; --validation is only measured on. One csv per donor, one row per point, written as
-soon as it is known: a second run goes on where the first one stopped. `--report` writes the table and the picture.
+Each donor directory comes from `examples/make_donor.py` (base/, donor/, metrics.json); without --donors one is made on
+the embedded task. Mask and alpha are fitted on rows of --train that the donor never saw; --validation is only measured
+on. One csv per donor, one row per point, written as soon as it is known: a second run goes on where the first one
+stopped. `density_report.py` makes the table and the pictures.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import csv
 import json
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import tasks
 import torch
-from graft import GraftArguments, batches, fit
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import tasks
+from graft import GraftArguments, batches, fit
+from make_donor import DonorArguments, make_donor
 from peft_graft import GraftConfig, fit_alpha, initialize_graft
-from peft_graft.calibration import agreement
+from peft_graft.metrics import Agreement
 from peft_graft.scoring import measure
 from peft_graft.selection import get_rule
 
@@ -51,13 +53,14 @@ class Bench:
         self.args, self.directory = args, directory
         self.made = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["arguments"]
         self.tokenizer = AutoTokenizer.from_pretrained(directory / "base")
-        seen, seed = self.made["max_train_samples"], self.made["seed"]
+        seen, seed = self.made["max_train_samples"] or tasks.SIZES["train"], self.made["seed"]
         rows = tasks.load_rows(args.train, limit=args.mask_rows + args.calibration_rows, skip=seen, seed=seed)
-        encode = lambda part: tasks.tokenize(part, self.tokenizer)  # noqa: E731
-        self.calibration = encode(rows.select(range(args.calibration_rows)))
-        self.train = encode(rows.select(range(args.calibration_rows, len(rows))))
-        names = tasks.label_names(rows)
-        self.test = encode(tasks.load_rows(args.validation, "validation", label_names=names))
+        names = None if args.train == tasks.DOCSTRINGS else tasks.label_names(rows)
+        test = tasks.load_rows(
+            args.validation or args.train, "validation" if args.validation else "test", label_names=names
+        )
+        parts = (rows.select(range(args.calibration_rows)), rows.select(range(args.calibration_rows, len(rows))), test)
+        self.calibration, self.train, self.test = (tasks.tokenize(part, self.tokenizer) for part in parts)
         self.held_out = batches(self.calibration, self.tokenizer)
         self.path = Path(args.out) / f"{directory.name}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ class Bench:
                 self.done = {self._key(row) for row in csv.DictReader(file)}
         self.measured: dict[str, torch.Tensor] | None = None
         logits, self.labels = tasks.predict(self._model("donor"), self.test, self.tokenizer)
-        self.donor_predictions = logits.argmax(-1)
+        self.donor_predictions = logits.argmax(-1).tolist()
         self._write("donor", "", 1.0, 0, 1.0, logits, 0.0)
         self._write("base", "", 0.0, 0, 0.0, tasks.predict(self._model("base"), self.test, self.tokenizer)[0], 0.0)
 
@@ -81,11 +84,13 @@ class Bench:
     def _write(
         self, rule: str, mode: str, density: float, entries: int, alpha: float, logits: torch.Tensor, seconds: float
     ) -> None:
+        decisions = logits.argmax(-1).tolist()
         row: dict[str, Any] = {
             "donor": self.directory.name, "optimizer": self.made["optimizer"], "seed": self.made["seed"],
             "rule": rule, "alpha_mode": mode, "density": density, "entries": entries, "alpha": alpha,
             **tasks.measure(logits, self.labels),
-            "agreement": agreement(logits.argmax(-1), self.donor_predictions), "seconds": round(seconds, 2),
+            **Agreement().compute(predictions=decisions, references=self.donor_predictions),
+            "seconds": round(seconds, 2),
             **{name: version(name) for name in ("torch", "transformers", "peft")}, "threads": torch.get_num_threads(),
         }  # fmt: skip
         if self._key(row) in self.done:
@@ -140,7 +145,6 @@ class Bench:
                 tuner = model.base_model
                 self.measured = measure(model, tuner, "default", get_rule(rule).needs, rows, progress=False)
                 self.score_seconds = time.perf_counter() - started
-                started -= 0.0
             else:
                 started -= self.score_seconds
             model.base_model.make_patch("default", self.measured)
@@ -157,9 +161,9 @@ class Bench:
 def main() -> None:
     """Measure all points that are not known yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--donors", nargs="+", type=Path, required=True, help="directories made by make_donor.py")
-    parser.add_argument("--train", required=True, help="the file the donors were made from")
-    parser.add_argument("--validation", required=True, help="the file to measure on; nothing is fitted on it")
+    parser.add_argument("--donors", nargs="+", type=Path, help="directories made by make_donor.py")
+    parser.add_argument("--train", default=tasks.DOCSTRINGS, help="what the donors were made from")
+    parser.add_argument("--validation", help="the file to measure on; nothing is fitted on it")
     parser.add_argument("--rules", nargs="+", default=list(RULES), help="rules to measure, in this order")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="in this order")
     parser.add_argument("--alphas", nargs="+", default=["1", "auto"], help="'1', 'auto' or both")
@@ -170,6 +174,10 @@ def main() -> None:
     parser.add_argument("--sigmoid_steps", type=int, default=5, help="passes of the published procedure")
     parser.add_argument("--out", default="benchmarks/out", help="directory for the csv files")
     args = parser.parse_args()
+    if not args.donors:
+        args.donors = [Path(args.out) / "embedded_adamw0"]
+        if not (args.donors[0] / "metrics.json").exists():
+            make_donor(DonorArguments(optimizer="adamw", max_train_samples=2048, output_dir=str(args.donors[0])))
     benches = [Bench(directory, args) for directory in args.donors]
     for rule in args.rules:
         for density in args.densities:
@@ -178,8 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        version("peft-graft")
-    except PackageNotFoundError:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
     main()

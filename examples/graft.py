@@ -19,11 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tasks
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from make_donor import DonorArguments, make_donor
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,8 +34,10 @@ from transformers import (
     set_seed,
 )
 
+import tasks
+from make_donor import DonorArguments, make_donor
 from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
-from peft_graft.calibration import agreement
+from peft_graft.metrics import Agreement
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -46,8 +46,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class GraftArguments:
     """What to graft, how much of it, and what to measure it on."""
 
-    base: str | None = field(default=None, metadata={"help": "Base model: directory or Hub id. Default: made here."})
-    donor: str | None = field(default=None, metadata={"help": "Fine-tuned model, same architecture. Default: made here."})
+    base: str | None = field(default=None, metadata={"help": "Base: directory or Hub id. Default: made here."})
+    donor: str | None = field(
+        default=None, metadata={"help": "Fine-tuned base: directory or Hub id. Default: made here."}
+    )
     train: str = field(
         default=tasks.DOCSTRINGS,
         metadata={
@@ -62,7 +64,9 @@ class GraftArguments:
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     density: float | None = field(default=None, metadata={"help": "Share of the eligible entries. Default 1e-3."})
     num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
-    selection: str = field(default="learned", metadata={"help": "Rule: " + "; ".join(str(r.name) for r in RULES.values())})
+    selection: str = field(
+        default="learned", metadata={"help": "Rule: " + "; ".join(str(r.name) for r in RULES.values())}
+    )
     alpha: str = field(default="auto", metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha ('global') or one per 'tensor'."})
     candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
@@ -210,7 +214,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
     graft_logits, _ = tasks.predict(model, test, tokenizer)
     scores["graft"] = tasks.measure(graft_logits, labels)
     for name, found in (("base", logits), ("donor", donor_logits), ("graft", graft_logits)):
-        scores[name]["agreement"] = agreement(found.argmax(-1), donor_logits.argmax(-1))
+        decisions = {"predictions": found.argmax(-1).tolist(), "references": donor_logits.argmax(-1).tolist()}
+        scores[name] |= Agreement().compute(**decisions)
 
     if state.is_main_process:
         model.save_pretrained(out)

@@ -139,12 +139,12 @@ def predict(
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy, F1 (of class 1, or macro for more than two classes), ECE and mean cross-entropy."""
-    predictions, average = logits.argmax(-1), "binary" if logits.shape[-1] == 2 else "macro"
-    accuracy, f1, ece = (metric(keep_in_memory=True) for metric in (Accuracy, F1, ExpectedCalibrationError))
+    decisions = {"predictions": logits.argmax(-1).tolist(), "references": labels.tolist()}
+    probabilities = logits.double().softmax(-1).tolist()
     return {
-        **accuracy.compute(predictions=predictions, references=labels),
-        **f1.compute(predictions=predictions, references=labels, average=average),
-        **ece.compute(predictions=logits.softmax(-1), references=labels),
+        **Accuracy().compute(**decisions),
+        **F1().compute(**decisions, average="binary" if logits.shape[-1] == 2 else "macro"),
+        **ExpectedCalibrationError().compute(predictions=probabilities, references=labels.tolist()),
         "loss": float(torch.nn.functional.cross_entropy(logits, labels)),
     }
 

@@ -1,65 +1,45 @@
-"""Donors, read one tensor at a time: the streams of (name, base, donor) that every delta is made from."""
+"""The streams of (name, base, donor), tensor by tensor, that every delta is made from."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import file_exists, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-_PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_CONVERT = (
-    "Pickles can run code and are not read: load the model once from a source you trust and write it again with "
-    "`save_pretrained(..., safe_serialization=True)`."
+from .donors import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    MAX_LISTED,
+    WEIGHTS_FILE,
+    CheckpointDonor,
+    Donor,
+    DonorError,
+    ModuleDonor,
+    ZerosDonor,
+    open_donor,
 )
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "CheckpointDonor",
+    "Donor",
+    "DonorError",
+    "ModuleDonor",
+    "Triple",
+    "ZerosDonor",
+    "count_nonfinite",
+    "nothing_to_graft",
+    "open_donor",
+    "resolve_names",
+    "stream",
+]
+
 # The names that TensorFlow gave to the parameters of LayerNorm, still found in old BERT checkpoints.
 _OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-_LISTED = 5
-
-
-class DonorError(ValueError):
-    """A donor cannot be read, or does not fit the base."""
-
-
-@runtime_checkable
-class Donor(Protocol):
-    """A fine-tuned model whose tensors are read one at a time.
-
-    Attributes:
-        name: Where the donor comes from, for the record: a Hub id, a path or a class name.
-    """
-
-    name: str
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor without reading its values."""
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return one tensor, on the CPU, in the donor's own dtype."""
 
 
 class Triple(NamedTuple):
@@ -74,191 +54,6 @@ class Triple(NamedTuple):
     name: str
     base: torch.Tensor
     donor: torch.Tensor
-
-
-class CheckpointDonor:
-    """A safetensors checkpoint: a directory, a single file, or a repository of the Hub.
-
-    Only the headers are read here; `get` reads the one tensor that it is asked for.
-
-    Args:
-        source: A directory with `model.safetensors`, or with `model.safetensors.index.json` and its shards; one
-            `*.safetensors` file; or a Hub id, of which only those files are fetched (from the cache when offline).
-        revision: Branch, tag or commit of a Hub id.
-
-    Attributes:
-        name: `source` as a string.
-        revision: The commit that a Hub id resolved to, None for local files.
-
-    Raises:
-        DonorError: If there is no readable safetensors checkpoint at `source`.
-    """
-
-    def __init__(self, source: str | os.PathLike[str], revision: str | None = None) -> None:
-        self.name = os.fspath(source)
-        self.revision: str | None = None
-        path = Path(source)
-        if path.is_dir():
-            main = _find_in_directory(path)
-        elif path.is_file():
-            main = path
-        elif isinstance(source, os.PathLike) or path.is_absolute() or self.name.startswith("."):
-            raise DonorError(f"donor must be an existing directory or file, got {self.name!r}.")
-        else:
-            main = _find_on_hub(self.name, revision)
-            # The cache keeps files under snapshots/<commit>/: every shard must come from the commit of the first file.
-            self.revision = main.parent.name
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        if main.suffix == ".json":
-            self._read_index(main)
-        elif main.suffix in _PICKLE_SUFFIXES:
-            raise DonorError(f"donor must be a safetensors checkpoint, got the pickle {str(main)!r}. {_CONVERT}")
-        else:
-            self._read_header(main)
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, sorted."""
-        return sorted(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, as its file's header states it."""
-        return self._shapes[name]
-
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-        # Opened anew each time: a handle that lives on keeps every page it has read in memory, where files are mapped.
-        path = self._files[name]
-        with _open(path) as file:
-            try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise DonorError(f"donor tensor {name!r} must be readable, got {error} in {str(path)!r}.") from error
-
-    def _read_index(self, index: Path) -> None:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-            # A shard is a plain file beside its index; anything else could point out of the checkpoint.
-            plain = all(shard.endswith(".safetensors") and not set(shard) & set("/\\:") for shard in shards)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise DonorError(f"{str(index)!r} must be a JSON index with a weight_map, got {error!r}.") from error
-        if not plain or not shards:
-            raise DonorError(f"{str(index)!r} must map tensors to the names of files beside it, got {shards[:3]!r}.")
-        for shard in shards:
-            if self.revision is None:
-                path = index.parent / shard
-            else:
-                path = _download(self.name, shard, self.revision)
-            if path is None or not path.is_file():
-                raise DonorError(
-                    f"donor must hold every file that {INDEX_FILE} names, got no {shard!r} in {self.name!r}. "
-                    "Copy or download the checkpoint again."
-                )
-            self._read_header(path)
-        lost = sorted(name for name, shard in weight_map.items() if self._files.get(name, Path()).name != shard)
-        if lost:
-            raise DonorError(
-                f"{weight_map[lost[0]]!r} must hold every tensor that {INDEX_FILE} says it does, "
-                f"got no {lost[0]!r} in it ({len(lost)} such tensors in {self.name!r})."
-            )
-
-    def _read_header(self, path: Path) -> None:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
-                self._files[name] = path
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
-
-
-class ModuleDonor:
-    """A model in memory; its parameters are used in place, without a copy.
-
-    Args:
-        module: The fine-tuned model. `DataParallel`, DDP and `torch.compile` wrappers are looked through.
-
-    Attributes:
-        name: The name of the module's class.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        while True:
-            if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-                module = module.module
-            elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-                module = inner
-            else:
-                break
-        self.name = type(module).__name__
-        # Submodules may be compiled too, hence the replacement inside names.
-        self._parameters = {
-            name.replace("_orig_mod.", ""): parameter
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-        }
-
-    def names(self) -> list[str]:
-        """Return the names of all parameters; tied ones appear under each of their names."""
-        return sorted(self._parameters)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return tuple(self._parameters[name].shape)
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return one parameter, detached; on the CPU it shares the module's memory."""
-        parameter = self._parameters[name]
-        if parameter.is_meta:
-            raise DonorError(f"donor tensors must hold values, got {name!r} of {self.name} on the meta device.")
-        return parameter.detach().cpu()
-
-
-class ZerosDonor:
-    """A donor whose every entry is zero, so that every delta is -base.
-
-    The mask then says which pretrained entries become 0, as in the supermasks of Radiya-Dixit & Wang 2020
-    (arXiv 2004.14129). It has no tensors of its own: each value is a scalar zero that stands for the whole tensor, and
-    `stream` gives it the shape and the dtype of the base.
-    """
-
-    name = "zeros"
-
-    def names(self) -> list[str]:
-        """Return no names: every name of the base will do."""
-        return []
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a scalar."""
-        return ()
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return a scalar zero."""
-        return torch.zeros(())
-
-
-def open_donor(donor: str | os.PathLike[str] | nn.Module | Donor, revision: str | None = None) -> Donor:
-    """Turn what a user calls a donor into a `Donor`.
-
-    Args:
-        donor: A directory, a file, a Hub id, `"zeros"`, a model in memory, or a `Donor`, which is returned as it is.
-        revision: Branch, tag or commit, where `donor` is a Hub id.
-
-    Returns:
-        The donor. Files have had their headers read and nothing else.
-
-    Raises:
-        DonorError: If `donor` is something else, or cannot be read.
-    """
-    if isinstance(donor, str) and donor == ZerosDonor.name:
-        return ZerosDonor()
-    if isinstance(donor, nn.Module):
-        return ModuleDonor(donor)
-    if isinstance(donor, str | os.PathLike):
-        return CheckpointDonor(donor, revision)
-    if isinstance(donor, Donor):
-        return donor
-    raise DonorError(
-        f"donor must be a directory, a Hub id, 'zeros' or a torch.nn.Module, got {type(donor).__name__}. "
-        "A state dict can be saved with safetensors.torch.save_file and given by its path."
-    )
 
 
 def resolve_names(
@@ -398,9 +193,9 @@ def _misfit_message(
     missing: Sequence[str],
     misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> str:
-    first = {name: misfits[name] for name in list(misfits)[:_LISTED]}
+    first = {name: misfits[name] for name in list(misfits)[:MAX_LISTED]}
     shapes = "; ".join(f"{name}: {ours} in the base, {theirs} in the donor" for name, (ours, theirs) in first.items())
-    more = f" and {len(misfits) - _LISTED} more" if len(misfits) > _LISTED else ""
+    more = f" and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
     if not missing and _only_rows_differ(misfits):
         ours, theirs = next(iter(misfits.values()))
         modules = sorted({name.rpartition(".")[0] for name in misfits})
@@ -411,7 +206,7 @@ def _misfit_message(
         )
     parts = []
     if missing:
-        listed = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
+        listed = ", ".join(missing[:MAX_LISTED]) + (", ..." if len(missing) > MAX_LISTED else "")
         parts.append(f"{len(missing)} of {num_wanted} tensors missing ({listed})")
     if misfits:
         parts.append(f"{len(misfits)} of another shape ({shapes}{more})")
@@ -426,62 +221,3 @@ def _only_rows_differ(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ..
     """Say whether all misfits are explained by one changed number of rows, as of a vocabulary."""
     rows = {(ours[:1], theirs[:1]) for ours, theirs in misfits.values()}
     return len(rows) == 1 and all(len(a) == len(b) >= 1 and a[1:] == b[1:] for a, b in misfits.values())
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise DonorError(
-            f"donor file must be a whole safetensors file, got {str(path)!r} ({error}). "
-            "Copy or download it again; a Git LFS pointer must be replaced by the file (git lfs pull)."
-        ) from error
-
-
-def _find_in_directory(path: Path) -> Path:
-    for name in (WEIGHTS_FILE, INDEX_FILE):
-        if (path / name).is_file():
-            return path / name
-    files = sorted(file.name for file in path.iterdir())
-    pickles = [name for name in files if name in _PICKLE_FILES or name.startswith("pytorch_model")]
-    if pickles:
-        raise DonorError(f"donor must be a safetensors checkpoint, got {pickles[0]!r} in {str(path)!r}. {_CONVERT}")
-    raise DonorError(
-        f"donor directory must hold {WEIGHTS_FILE} or {INDEX_FILE}, got {files[:_LISTED] or 'nothing'} in "
-        f"{str(path)!r}. Write the donor with save_pretrained, or give the path of one .safetensors file."
-    )
-
-
-def _find_on_hub(repo: str, revision: str | None) -> Path:
-    for name in (WEIGHTS_FILE, INDEX_FILE):
-        path = _download(repo, name, revision)
-        if path is not None:
-            return path
-    try:
-        pickles = [name for name in _PICKLE_FILES if file_exists(repo, name, revision=revision)]
-    except (HfHubHTTPError, OfflineModeIsEnabled):
-        pickles = []
-    if pickles:
-        raise DonorError(f"donor must be a safetensors checkpoint, got {pickles[0]!r} in {repo!r}. {_CONVERT}")
-    raise DonorError(f"donor repository must hold {WEIGHTS_FILE} or {INDEX_FILE}, got neither in {repo!r}.")
-
-
-def _download(repo: str, name: str, revision: str | None) -> Path | None:
-    """Fetch a file from the Hub or its cache; None where the repository does not have it."""
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except LocalEntryNotFoundError as error:
-        # Neither reached nor cached, but the repository may keep its weights under the other name.
-        if name == WEIGHTS_FILE:
-            return None
-        raise DonorError(
-            f"donor must be a directory, or a Hub id that can be reached or is cached, got {repo!r}. "
-            "Check the spelling and the network; when offline, download the donor beforehand."
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise DonorError(
-            f"donor must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
-        ) from error

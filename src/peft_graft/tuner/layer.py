@@ -93,7 +93,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         logits = None if logits is None else logits.to(device)
         slot.install(self.keys[param], indices.to(device), values.to(device), logits)
         if logits is not None:
-            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param])
+            magnitudes = (slot.values(self.keys[param]).float() - self.base_entries(param, indices.to(device)).float()).abs()
+            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], magnitudes)
 
     def clear(self, adapter_name: str) -> None:
         """Take an adapter's entries away."""
@@ -144,9 +145,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         if mask is None or logits is None:
             return indices, full
         exact = torch.where(mask, full, base)
-        # The straight-through estimator: the forward is the exact mask, the gradient that of the sigmoid.
-        soft = torch.sigmoid(logits)
-        through = (soft - soft.detach()) * (alpha * (donor.float() - base.float()))
+        # The straight-through estimator: the forward is the exact mask, the gradient that of the mask as a number.
+        through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
         return indices, exact + through.to(base.dtype)
 
     def joint_entries(

@@ -82,18 +82,27 @@ class GraftState:
         self.ready = False  # whether the patch is complete, so that it may be saved
         self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self._members: dict[str, tuple[Slot, str]] = {}
+        self._magnitudes: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._versions: tuple[tuple[int, int], ...] = ()
 
-    def register(self, name: str, slot: Slot, param: str) -> None:
-        """Let the budget span the logits of this tensor."""
+    def register(self, name: str, slot: Slot, param: str, magnitudes: torch.Tensor) -> None:
+        """Let the budget span the logits of this tensor.
+
+        Args:
+            name: Name of the tensor.
+            slot: Who holds the logits.
+            param: Key of the parameter in the slot.
+            magnitudes: |delta| of the candidates, float32 [n].
+        """
         self._members[name] = (slot, param)
+        self._magnitudes[name] = magnitudes
         self._members = dict(sorted(self._members.items()))
         self.invalidate()
 
     def clear(self) -> None:
         """Forget all tensors."""
-        self._members = {}
+        self._members, self._magnitudes = {}, {}
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -119,7 +128,10 @@ class GraftState:
         return self._masks[name]
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Exact masks for these logits, ties broken by (tensor name, flat index).
+        """Exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
+
+        Logits start at 1, so a learned mask starts as the magnitude mask. The factor keeps an optimizer that moves all
+        logits equally fast (Adam) from trading large deltas for small ones.
 
         Args:
             logits: By tensor name, float32 [n], entries in order of their flat index.
@@ -128,9 +140,10 @@ class GraftState:
             Bool [n] by tensor name.
         """
         names = sorted(logits)
+        scores = [logits[name] * self._magnitudes[name].to(logits[name].device) for name in names]
         if isinstance(self.budget, dict):
-            return {name: top_k_mask(logits[name], self.budget[name]) for name in names}
-        device = logits[names[0]].device
-        everything = torch.cat([logits[name].to(device) for name in names])
-        masks = top_k_mask(everything, self.budget or 0).split([logits[name].numel() for name in names])
+            return {name: top_k_mask(score, self.budget[name]) for name, score in zip(names, scores, strict=True)}
+        device = scores[0].device
+        everything = torch.cat([score.to(device) for score in scores])
+        masks = top_k_mask(everything, self.budget or 0).split([score.numel() for score in scores])
         return {name: mask.to(logits[name].device) for name, mask in zip(names, masks, strict=True)}

@@ -305,7 +305,6 @@ class GraftModel(BaseTuner):
     ) -> None:
         donor, state = self.donors[adapter_name], self.states[adapter_name]
         state.clear()
-        starts = None
         for name, (layer, _) in targets.items():
             layer.clear(adapter_name)
         values = {
@@ -314,15 +313,10 @@ class GraftModel(BaseTuner):
         }
         if trained:
             register_with_trainer()
-            starts = start_logits(
-                {
-                    name: (values[name].float() - base[name].reshape(-1)[index.to(base[name].device)].cpu().float()).abs()
-                    for name, index in chosen.items()
-                }
-            )
         for name, index in chosen.items():
             layer, param = targets[name]
-            layer.install(adapter_name, param, index, values[name], None if starts is None else starts[name])
+            logits = torch.ones(index.numel()) if trained else None
+            layer.install(adapter_name, param, index, values[name], logits)
         self.set_adapter(self.active_adapters, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     def _graft_heads(self, adapter_name: str, donor: Donor) -> None:
@@ -401,23 +395,6 @@ class GraftModel(BaseTuner):
         cls, model: nn.Module, config: GraftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return storage.unpack(model, config, adapter_name, state_dict)
-
-
-def start_logits(magnitudes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Start a learned mask at the magnitude mask: logits rise linearly in [-1, 1] with the rank of |delta|.
-
-    Args:
-        magnitudes: |delta| of the candidates by tensor name, 1-D.
-
-    Returns:
-        Logits, float32, same shapes; equal magnitudes keep the order (tensor name, flat index).
-    """
-    names = sorted(magnitudes)
-    everything = torch.cat([magnitudes[name] for name in names])
-    order = torch.sort(everything, descending=True, stable=True).indices
-    logits = torch.empty(everything.numel())
-    logits[order] = torch.linspace(1, -1, everything.numel())
-    return dict(zip(names, logits.split([magnitudes[name].numel() for name in names]), strict=True))
 
 
 def _count(budget: int | dict[str, int] | None) -> int:

@@ -1,0 +1,134 @@
+"""Table and pictures from the csv files of density_recovery.py.
+
+    python benchmarks/density_report.py --csv benchmarks/out/*.csv --picture docs/density_recovery
+
+prints a markdown table (mean over seeds; the spread is the standard deviation) and writes one picture per optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft_graft.plots import density_recovery
+
+ORDER = ("learned", "magnitude", "path_taylor", "sigmoid", "random")
+Rows = list[dict[str, str]]
+
+
+def read(paths: Iterable[Path]) -> Rows:
+    """All rows of the csv files, each with its donor's and its base's scores."""
+    rows: Rows = []
+    for path in paths:
+        with path.open(encoding="utf-8") as file:
+            found = list(csv.DictReader(file))
+        ends = {row["rule"]: row for row in found if row["rule"] in ("base", "donor")}
+        for row in found:
+            for end, scores in ends.items():
+                row |= {f"{end}_{name}": scores[name] for name in ("accuracy", "ece", "loss")}
+            rows.append(row)
+    return rows
+
+
+def mean(rows: Rows, column: str) -> float:
+    """Mean of a column."""
+    return statistics.fmean(float(row[column]) for row in rows)
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def share(row: dict[str, str]) -> float:
+    """Share of the donor's accuracy."""
+    return float(row["accuracy"]) / float(row["donor_accuracy"])
+
+
+def gain(row: dict[str, str]) -> float:
+    """Share of the donor's gain over the base."""
+    base, donor = float(row["base_accuracy"]), float(row["donor_accuracy"])
+    return (float(row["accuracy"]) - base) / (donor - base)
+
+
+def groups(rows: Rows) -> dict[tuple[str, float, str, str], Rows]:
+    """Rows by (optimizer, density, rule, alpha mode), in the order of the table."""
+    found: dict[tuple[str, float, str, str], Rows] = defaultdict(list)
+    for row in rows:
+        if row["rule"] in ORDER:
+            found[row["optimizer"], float(row["density"]), row["rule"], row["alpha_mode"]].append(row)
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], ORDER.index(item[0][2]), item[0][3])))
+
+
+def table(rows: Rows) -> str:
+    """Markdown table of all points."""
+    lines = []
+    for optimizer in sorted({row["optimizer"] for row in rows}):
+        ends = {row["donor"]: row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"}
+        donors = list(ends.values())
+        lines += [
+            f"\n**{optimizer} donors** ({len(donors)} seeds): accuracy {mean(donors, 'accuracy'):.4f} "
+            f"(base {mean(donors, 'base_accuracy'):.4f}), ECE {mean(donors, 'ece'):.3f}, "
+            f"loss {mean(donors, 'loss'):.4f}\n",
+            "| density | rule | alpha | accuracy | of accuracy | of gain | ECE | loss | agreement | seeds | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for (kind, density, rule, mode), found in groups(rows).items():
+            if kind != optimizer:
+                continue
+            alphas = [float(row["alpha"]) for row in found]
+            alpha = "1" if mode == "1" else f"auto ({min(alphas):.3g} ... {max(alphas):.3g})"
+            lines.append(
+                f"| {density:.0e} | {rule} | {alpha} | {mean(found, 'accuracy'):.4f} ± "
+                f"{spread([float(row['accuracy']) for row in found]):.4f} | "
+                f"{statistics.fmean(map(share, found)):.1%} | {statistics.fmean(map(gain, found)):.0%} | "
+                f"{mean(found, 'ece'):.3f} | {mean(found, 'loss'):.4f} | {mean(found, 'agreement'):.3f} | "
+                f"{len(found)} | {mean(found, 'seconds'):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def pictures(rows: Rows, stem: Path) -> list[Path]:
+    """One picture per optimizer: accuracy by density."""
+    written = []
+    for optimizer in sorted({row["optimizer"] for row in rows}):
+        ends = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
+        found = {key[1:]: value for key, value in groups(rows).items() if key[0] == optimizer}
+        densities = sorted({density for density, _, _ in found})
+        curves: dict[str, dict[str, list[float]]] = {}
+        for rule in ORDER:
+            for mode in ("1", "auto"):
+                if any((density, rule, mode) in found for density in densities):
+                    curves.setdefault(rule, {})[mode] = [
+                        mean(found[density, rule, mode], "accuracy") if (density, rule, mode) in found else float("nan")
+                        for density in densities
+                    ]
+        title = f"{optimizer} donors, SST-2 on MiniLM, mean of {len(ends)} seeds"
+        figure = density_recovery(
+            densities, curves, base=mean(ends, "base_accuracy"), donor=mean(ends, "accuracy"), title=title
+        )
+        path = stem.with_name(f"{stem.name}_{optimizer}.png")
+        figure.savefig(path)
+        written.append(path)
+    return written
+
+
+def main() -> None:
+    """Read the flags, print the table, write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", nargs="+", type=Path, required=True, help="files of density_recovery.py")
+    parser.add_argument("--picture", type=Path, help="path and start of the name of the pictures")
+    args = parser.parse_args()
+    rows = read(args.csv)
+    print(table(rows))
+    if args.picture:
+        for path in pictures(rows, args.picture):
+            print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()

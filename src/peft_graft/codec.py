@@ -1,0 +1,240 @@
+"""Index codecs: sorted positions to bytes by the gaps between them, and back, trusting nothing in the bytes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
+
+MAX_NUMEL = 2**48
+
+_RUN, _RICE, _VARINT = range(3)
+_CHUNK = 1 << 16
+
+
+class PatchError(ValueError):
+    """A patch is malformed, or was made for another base."""
+
+
+def encode_indices(indices: torch.Tensor) -> torch.Tensor:
+    """Code the flat indices of a tensor's replaced entries by the gaps between them.
+
+    Three codecs are tried and the shortest result is kept: one run, Golomb-Rice, and deflated varints.
+    The bytes are specified in `docs/patch_format.md`.
+
+    Args:
+        indices: int64 of shape (n,), strictly increasing, each in [0, 2**48).
+
+    Returns:
+        uint8 of shape (bytes,). The first one names the codec.
+
+    Raises:
+        PatchError: If `indices` is not as above.
+    """
+    check_indices(indices, MAX_NUMEL, "")
+    flat = indices.cpu().numpy()
+    if flat.size == 0 or flat[-1] - flat[0] == flat.size - 1:
+        start = flat[:1] if flat.size else np.zeros(1, np.int64)
+        return _tagged(_RUN, _varints(start).tobytes())
+    gaps = np.diff(flat, prepend=-1) - 1
+    rice, deflated = _encode_rice(gaps), zlib.compress(_varints(gaps).tobytes())
+    return _tagged(_VARINT, deflated) if len(deflated) < len(rice) else _tagged(_RICE, rice)
+
+
+def decode_indices(blob: torch.Tensor, count: int, numel: int = MAX_NUMEL, where: str = "") -> torch.Tensor:
+    """Decode what `encode_indices` wrote, trusting nothing in it.
+
+    Memory stays within a small multiple of `count` plus the size of `blob`, whatever the bytes say.
+
+    Args:
+        blob: uint8 of shape (bytes,).
+        count: How many indices there must be.
+        numel: How many entries the tensor has: every index must be below it.
+        where: The tensor's name, for error messages.
+
+    Returns:
+        int64 of shape (count,), strictly increasing, each in [0, numel).
+
+    Raises:
+        PatchError: If `blob` is anything but a valid code of `count` such indices.
+    """
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() == 0:
+        raise broken(
+            "coded indices", "a non-empty vector of uint8", f"{blob.dtype} of shape {tuple(blob.shape)}", where
+        )
+    if not 0 <= count <= numel <= MAX_NUMEL:
+        raise broken("number of entries", f"at most {min(numel, MAX_NUMEL)}", str(count), where)
+    codec, payload = int(blob[0]), blob[1:].cpu().contiguous().numpy()
+    decoders: dict[int, Callable[[Bytes, int, int, str], Integers]] = {
+        _RUN: _decode_run,
+        _RICE: _decode_rice,
+        _VARINT: _decode_deflated,
+    }
+    if codec not in decoders:
+        raise broken("codec of the indices", "0 (run), 1 (Rice) or 2 (varint)", str(codec), where)
+    return torch.from_numpy(decoders[codec](payload, count, numel, where))
+
+
+def broken(what: str, constraint: str, got: str, where: str) -> PatchError:
+    """Build the error for a malformed part of a patch.
+
+    Args:
+        what: The part.
+        constraint: What it must be.
+        got: What it is.
+        where: The tensor's name, empty where there is none.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    place = f" in {where!r}" if where else ""
+    return PatchError(f"{what} must be {constraint}, got {got}{place}. Make the patch again, or download it again.")
+
+
+def check_indices(indices: torch.Tensor, numel: int, where: str) -> None:
+    """Check that indices are the distinct entries of a tensor, in order.
+
+    Args:
+        indices: int64 of shape (n,), strictly increasing, each in [0, numel).
+        numel: How many entries the tensor has.
+        where: The tensor's name, for the error message.
+
+    Raises:
+        PatchError: If `indices` is not as above.
+    """
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        raise broken("indices", "int64 of shape (n,)", f"{indices.dtype} of shape {tuple(indices.shape)}", where)
+    if indices.numel() == 0:
+        return
+    if not bool((indices[1:] > indices[:-1]).all()):
+        raise broken("indices", "strictly increasing", "unsorted or repeated ones", where)
+    if int(indices[0]) < 0 or int(indices[-1]) >= numel:
+        raise broken("indices", f"in [0, {numel})", f"{int(indices[0])} ... {int(indices[-1])}", where)
+
+
+def _tagged(codec: int, payload: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray([codec]) + payload, dtype=torch.uint8)
+
+
+def _from_gaps(gaps: Integers, numel: int, where: str) -> Integers:
+    # The float sum is inexact but cannot wrap around, unlike the exact one after it.
+    if gaps.size and float(gaps.sum(dtype=np.float64)) <= 2.0 * MAX_NUMEL:
+        indices = np.cumsum(gaps + 1) - 1
+        if indices[-1] < numel:
+            return indices
+    elif not gaps.size:
+        return gaps
+    raise broken("indices", f"below {numel}", "larger ones", where)
+
+
+def _width(numel: int) -> int:
+    """How many bytes a varint below `numel` takes at most."""
+    return max(1, -(-max(numel - 1, 0).bit_length() // 7))
+
+
+def _varints(numbers: Integers) -> Bytes:
+    """Code numbers as unsigned LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    width = _width(int(numbers.max(initial=0)) + 1)
+    lengths = np.ones(numbers.size, np.int64)
+    for k in range(1, width):
+        lengths += numbers >= 1 << 7 * k
+    starts = np.cumsum(lengths) - lengths
+    coded = np.empty(int(lengths.sum()), np.uint8)
+    for k in range(width):
+        here = lengths > k
+        coded[starts[here] + k] = (numbers[here] >> 7 * k & 127) | (lengths[here] > k + 1) * 128
+    return coded
+
+
+def _read_varints(coded: Bytes, count: int, width: int, where: str) -> Integers:
+    ends = np.flatnonzero(coded < 128)
+    if ends.size != count or (ends[-1] + 1 if count else 0) != coded.size:
+        raise broken("coded indices", f"{count} whole varints", f"{ends.size} and {coded.size} bytes", where)
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])[:count]
+    lengths = ends - starts + 1
+    if lengths.max(initial=0) > width or np.any((lengths > 1) & (coded[ends] == 0)):
+        raise broken("varints", f"the shortest, of at most {width} bytes", "a longer one", where)
+    numbers = np.zeros(count, np.int64)
+    for k in range(int(lengths.max(initial=0))):
+        here = lengths > k
+        numbers[here] |= (coded[starts[here] + k].astype(np.int64) & 127) << 7 * k
+    return numbers
+
+
+def _decode_run(payload: Bytes, count: int, numel: int, where: str) -> Integers:
+    start = int(_read_varints(payload, 1, _width(MAX_NUMEL), where)[0])
+    if start + count > numel:
+        raise broken("indices", f"below {numel}", f"a run of {count} from {start}", where)
+    return np.arange(start, start + count, dtype=np.int64)
+
+
+def _decode_deflated(payload: Bytes, count: int, numel: int, where: str) -> Integers:
+    limit = count * _width(numel)
+    stream = zlib.decompressobj()
+    try:
+        # One byte more than can be right, so that a bomb is cut off and still seen.
+        coded = stream.decompress(payload.tobytes(), limit + 1)
+    except zlib.error as error:
+        raise broken("coded indices", "whole deflated varints", str(error), where) from error
+    if not stream.eof or stream.unused_data or len(coded) > limit:
+        raise broken("coded indices", f"one zlib stream of at most {limit} bytes", "a truncated or longer one", where)
+    return _from_gaps(_read_varints(np.frombuffer(coded, np.uint8), count, _width(numel), where), numel, where)
+
+
+def _encode_rice(gaps: Integers) -> bytes:
+    """Code gaps as g = q * 2**r + remainder (Golomb 1966, Rice 1979): r bit planes of remainders, then unary q."""
+
+    def cost(r: int) -> int:
+        return r * gaps.size + int((gaps >> r).sum())
+
+    # The cost is convex in r, and least at or below log2 of the mean gap, rounded up, plus one.
+    r = int(gaps.mean()).bit_length() + 1
+    while r and cost(r - 1) <= cost(r):
+        r -= 1
+    bits = np.zeros(cost(r) + gaps.size, np.uint8)
+    for k in range(r):
+        bits[k * gaps.size : (k + 1) * gaps.size] = gaps >> k & 1
+    bits[r * gaps.size + np.cumsum((gaps >> r) + 1) - 1] = 1
+    return bytes([r]) + np.packbits(bits).tobytes()
+
+
+def _decode_rice(payload: Bytes, count: int, numel: int, where: str) -> Integers:
+    r, packed = int(payload[0]) if payload.size else 255, payload[1:]
+    if r > MAX_NUMEL.bit_length() or 8 * packed.size < count * (r + 1):
+        raise broken("coded indices", f"Rice codes of {count} entries", f"r = {r} and {packed.size} bytes", where)
+    gaps = np.zeros(count, np.int64)
+    for k in range(r):
+        first, skip = divmod(k * count, 8)
+        plane = np.unpackbits(packed[first : first + (skip + count + 7) // 8])[skip : skip + count]
+        gaps |= plane.astype(np.int64) << k
+    ones = _find_ones(packed, r * count, count)
+    padding = 8 * packed.size - r * count - (int(ones[-1]) + 1 if ones.size else 0)
+    if ones.size != count or padding >= 8:
+        raise broken(
+            "coded indices", f"Rice codes of {count} entries", "another number of them, or bytes after them", where
+        )
+    quotients = np.diff(ones, prepend=-1) - 1
+    if quotients.max(initial=0) > numel >> r:
+        raise broken("indices", f"below {numel}", "larger ones", where)
+    return _from_gaps(gaps + (quotients << r), numel, where)
+
+
+def _find_ones(packed: Bytes, start: int, limit: int) -> Integers:
+    """Find the set bits from bit `start` on, counted from there; stop soon after `limit` of them."""
+    first, skip = divmod(start, 8)
+    found, total = [np.zeros(0, np.int64)], 0
+    for offset in range(first, packed.size, _CHUNK):
+        bits = np.unpackbits(packed[offset : offset + _CHUNK])
+        if offset == first:
+            bits[:skip] = 0
+        found.append(np.flatnonzero(bits) + (8 * offset - start))
+        total += found[-1].size
+        if total > limit:
+            break
+    return np.concatenate(found)

@@ -19,7 +19,7 @@ from .fingerprint import Fingerprint
 
 __all__ = ["Fingerprint", "Patch", "PatchError", "TensorPatch", "file_key", "parse_file_key"]
 
-KINDS = ("indices", "values", "logits")
+KINDS = ("indices", "values", "logits", "alpha")
 
 _CONTAINER = "graft_patch"
 _PEFT_PREFIX = "base_model.model."
@@ -117,7 +117,7 @@ class Patch:
 
         Args:
             state: What an adapter file holds. Keys may start with PEFT's `base_model.model.`. Tensors that are not
-                part of a patch (`modules_to_save`) and mask logits of a training checkpoint are passed over.
+                part of a patch (`modules_to_save`) and a training checkpoint's mask logits and alphas are passed over.
             shapes: Shape of each tensor that may be patched, by name. Without it, indices are only checked against
                 each other.
 
@@ -139,7 +139,7 @@ class Patch:
             found[name][kind] = state[key]
         tensors = {}
         for name, kinds in found.items():
-            if kinds.keys() == {"logits"}:
+            if kinds.keys() <= {"logits", "alpha"}:
                 continue
             if not {"indices", "values"} <= kinds.keys():
                 raise broken("patched tensor", "given by indices and values", f"{sorted(kinds)}", name)
@@ -196,7 +196,7 @@ def file_key(module: str, param: str, kind: str) -> str:
     Args:
         module: Dotted name of the module, empty for a parameter of the model itself.
         param: Name of the parameter in it, without dots.
-        kind: "indices", "values" or "logits" (the mask's logits, float32, in training checkpoints only).
+        kind: "indices" or "values"; in training checkpoints also "logits" (float32) and "alpha" (float64, shape (1,)).
 
     Returns:
         `<module>.graft_patch.<param>_<kind>`.
@@ -226,7 +226,7 @@ def parse_file_key(key: str) -> tuple[str, str, str] | None:
         return None
     param, _, kind = leaf.rpartition("_")
     if not param or "." in param or kind not in KINDS:
-        raise PatchError(f"file key must end in <param>_indices, <param>_values or <param>_logits, got {key!r}.")
+        raise PatchError(f"file key must end in <param> and one of {KINDS}, got {key!r}.")
     return module.removeprefix("."), param, kind
 
 

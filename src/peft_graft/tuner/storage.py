@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,9 @@ def pack(
         for name, values in logits.items():
             key, _, param_key = name.rpartition(".")
             result[file_key(key, param_key, "logits")] = values
+            # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
+            alpha = float(state.scale(names[name]))
+            result[file_key(key, param_key, "alpha")] = torch.tensor([alpha], dtype=torch.float64)
     else:
         config.entries = patch.num_params
     return result
@@ -140,7 +144,8 @@ def unpack(
         base = _entries_of_base(plain, patch)
         if base is not None:
             Fingerprint.from_dict(config.fingerprint).require(base, config.base_model_name_or_path)
-    logits = _read_logits(state_dict, patch)
+    logits = _read_trained(state_dict, patch, "logits")
+    alphas = _read_trained(state_dict, patch, "alpha")
     for layer in layers.values():
         if not fresh and not logits and config.selection == "learned" and layer.graft_patch[adapter_name].params:
             slot = layer.graft_patch[adapter_name]
@@ -156,10 +161,12 @@ def unpack(
             if f"{key}.{param_key}" not in patch.tensors:
                 slot.remove(param_key)
     result = {key: value for key, value in state_dict.items() if parse_file_key(key) is None}
+    names: dict[str, str] = {}
     for name, part in patch.tensors.items():
         key, _, param_key = name.rpartition(".")
         layer = plain[key]
         param = next(param for param, known in layer.keys.items() if known == param_key)
+        names[name] = layer.tensor_name(param)
         layer.install(adapter_name, param, part.indices, part.values, logits.get(name))
         slot, live = layer.graft_patch[adapter_name], f"{_ROOT}{key}" if rooted else key
         for kind in ("indices", "values", "logits"):
@@ -169,24 +176,30 @@ def unpack(
     state = next(iter(layers.values())).states[adapter_name]
     state.ready = True
     if logits:
-        state.budget = config.entries
+        state.budget = state.budget or config.entries
+        if config.scope == "tensor" and config.density is not None:
+            state.budget = {names[name]: round(config.density * math.prod(shapes[name])) for name in logits}
+        by_tensor = {names[name]: float(value) for name, value in alphas.items()}
+        state.alpha = next(iter(by_tensor.values())) if len({*by_tensor.values()}) == 1 else by_tensor
     elif isinstance(config.alpha, int | float | dict):
         state.alpha = config.alpha
     return result
 
 
-def _read_logits(state_dict: Mapping[str, torch.Tensor], patch: Patch) -> dict[str, torch.Tensor]:
+def _read_trained(state_dict: Mapping[str, torch.Tensor], patch: Patch, kind: str) -> dict[str, torch.Tensor]:
+    """Read what a training checkpoint holds beside the candidates: their logits, or each tensor's alpha."""
     found = {}
     for stored, values in state_dict.items():
         parsed = parse_file_key(stored)
-        if parsed is None or parsed[2] != "logits":
+        if parsed is None or parsed[2] != kind:
             continue
         name = f"{parsed[0]}.{parsed[1]}"
         part = patch.tensors.get(name)
-        if part is None or values.shape != part.values.shape or values.dtype != torch.float32:
+        dtype, shape = (torch.float32, part and part.values.shape) if kind == "logits" else (torch.float64, (1,))
+        if part is None or values.shape != shape or values.dtype != dtype or not values.isfinite().all():
             raise PatchError(
-                f"logits must be float32 with one per candidate, got {values.dtype} {tuple(values.shape)} for {name!r}. "
-                "The file is damaged."
+                f"{kind} must be finite {dtype} of shape {shape and tuple(shape)}, got {values.dtype} "
+                f"{tuple(values.shape)} for {name!r}. The file is damaged."
             )
         found[name] = values
     return found

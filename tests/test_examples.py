@@ -1,0 +1,129 @@
+"""The examples, end to end on a tiny model and real files: donor, graft, reload, resume; and the README's own code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertTokenizer
+
+import tasks
+from graft import ADAPTER_FILES, GraftArguments, run, table
+from make_donor import DonorArguments, make_donor
+from models import VOCAB_SIZE, tiny_bert
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "music", "the", "a", "was", "is", "very"]
+README = Path(__file__).parents[1] / "README.md"
+
+
+def write_rows(path: Path, count: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(count):
+        label = int(torch.randint(2, (), generator=generator))
+        word = WORDS[label * 3 + int(torch.randint(3, (), generator=generator))]
+        rest = [WORDS[int(i)] for i in torch.randint(6, len(WORDS), (4,), generator=generator)]
+        lines.append(json.dumps({"sentence": " ".join([*rest, word]), "label": ["worse", "better"][1 - label]}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("world")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    vocabulary += [f"[unused{i}]" for i in range(VOCAB_SIZE - len(vocabulary))]
+    (root / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    (root / "model").mkdir()
+    BertTokenizer(str(root / "vocab.txt")).save_pretrained(root / "model")
+    tiny_bert().save_pretrained(root / "model")
+    paths = {name: write_rows(root / f"{name}.jsonl", count, seed) for name, count, seed in
+             (("train", 160, 0), ("validation", 48, 1))}  # fmt: skip
+    made = make_donor(
+        DonorArguments(
+            model=str(root / "model"),
+            **paths,
+            max_train_samples=64,
+            optimizer="adamw",
+            learning_rate=5e-3,
+            epochs=30,
+                batch_size=16,
+            output_dir=str(root / "made"),
+        )  # fmt: skip
+    )
+    assert made["donor"]["loss"] < made["base"]["loss"]
+    return {"base": str(root / "made" / "base"), "donor": str(root / "made" / "donor"), **paths}
+
+
+def arguments(world: dict[str, str], out: Path, **changes: object) -> GraftArguments:
+    options = {"density": 0.05, "calibration_samples": 32, "max_train_samples": 64, "skip_train_samples": 64}
+    return GraftArguments(**world, output_dir=str(out), **(options | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("selection", ["learned", "magnitude", "path_taylor"])
+def test_graft_runs_saves_and_reports(world: dict[str, str], tmp_path: Path, selection: str) -> None:
+    report = run(arguments(world, tmp_path, selection=selection))
+    assert report["entries"] == round(0.05 * report["eligible"])
+    assert report["graft"]["loss"] < report["base"]["loss"]
+    assert report["donor"]["agreement"] == 1
+    assert report["bytes"] == sum((tmp_path / name).stat().st_size for name in ADAPTER_FILES)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["alpha"] == report["alpha"]
+    assert f"{report['entries']:,} of {report['eligible']:,} entries" in table(report)
+
+
+def test_graft_resumes_a_killed_run(world: dict[str, str], tmp_path: Path) -> None:
+    whole = run(arguments(world, tmp_path / "whole", epochs=2, save_steps=2))
+    checkpoint = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")
+    resumed = run(arguments(world, tmp_path / "again", epochs=2, resume_from_checkpoint=checkpoint))
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
+    assert files[0] == files[1]
+    assert resumed["alpha"] == whole["alpha"]
+
+
+def test_base_without_donor_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base and donor must be given together"):
+        run(GraftArguments(base=world["base"], output_dir=str(tmp_path)))
+
+
+def test_validation_rows_are_never_fitted_on(world: dict[str, str]) -> None:
+    donors = tasks.load_rows(world["train"], limit=64, seed=3)["text"]
+    fresh = tasks.load_rows(world["train"], limit=96, skip=64, seed=3)["text"]
+    everything = tasks.load_rows(world["train"])["text"]
+    assert sorted([*donors, *fresh]) == sorted(everything)
+
+
+def test_embedded_task_keeps_modules_apart() -> None:
+    train, test = (tasks.docstring_rows(split, 64) for split in ("train", "test"))
+    assert not {*train["text"]} & {*test["text"]}
+    assert [test["label"].count(label) for label in range(4)] == [16] * 4
+
+
+def test_readme_code_runs(world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 2
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    from graft import batches
+
+    tokenizer = AutoTokenizer.from_pretrained(world["base"])
+    rows = tasks.tokenize(tasks.load_rows(world["train"], limit=96), tokenizer)
+    names = {
+        "calibration": batches(rows.select(range(32)), tokenizer),
+        "train": rows.select(range(32, 96)),
+        "Trainer": lambda *args, **options: Trainer(*args, data_collator=tasks.collator(tokenizer), **options),
+        "TrainingArguments": lambda *args, **options: TrainingArguments(*args, dataloader_pin_memory=False, **options),
+    }
+    for block in blocks:
+        code = block.replace("path/to/base", world["base"]).replace("path/to/donor", world["donor"])
+        # The README shows the densities of real models; these have a few thousand entries.
+        code = code.replace("density=1e-4", "density=1e-2").replace("density=1e-3", "density=1e-2")
+        if "config = " in code:
+            from transformers import AutoModelForSequenceClassification
+
+            names["base"] = AutoModelForSequenceClassification.from_pretrained(world["base"])
+        exec(compile(code, str(README), "exec"), names)
+    assert {path.name for path in (tmp_path / "skill").iterdir()} >= {*ADAPTER_FILES}

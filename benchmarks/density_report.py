@@ -1,6 +1,6 @@
 """Table and pictures from the csv files of density_recovery.py.
 
-    python benchmarks/density_report.py --csv benchmarks/out/*.csv --picture docs/density_recovery
+    python benchmarks/density_report.py --csv out/*.csv --task "SST-2 on MiniLM" --picture docs/density_recovery
 
 prints a markdown table (mean over seeds; the spread is the standard deviation) and writes one picture per optimizer.
 """
@@ -92,7 +92,7 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def pictures(rows: Rows, stem: Path) -> list[Path]:
+def pictures(rows: Rows, stem: Path, task: str) -> list[Path]:
     """One picture per optimizer: accuracy by density."""
     written = []
     for optimizer in sorted({row["optimizer"] for row in rows}):
@@ -107,7 +107,7 @@ def pictures(rows: Rows, stem: Path) -> list[Path]:
                         mean(found[density, rule, mode], "accuracy") if (density, rule, mode) in found else float("nan")
                         for density in densities
                     ]
-        title = f"{optimizer} donors, SST-2 on MiniLM, mean of {len(ends)} seeds"
+        title = f"{optimizer} donors{task and ', '}{task}, mean of {len(ends)} seeds"
         figure = density_recovery(
             densities, curves, base=mean(ends, "base_accuracy"), donor=mean(ends, "accuracy"), title=title
         )
@@ -120,13 +120,19 @@ def pictures(rows: Rows, stem: Path) -> list[Path]:
 def main() -> None:
     """Read the flags, print the table, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", nargs="+", type=Path, required=True, help="files of density_recovery.py")
+    parser.add_argument(
+        "--csv", nargs="+", type=Path, help="files of density_recovery.py; default benchmarks/out/*.csv"
+    )
     parser.add_argument("--picture", type=Path, help="path and start of the name of the pictures")
+    parser.add_argument("--task", default="", help="what to call the task in the pictures")
     args = parser.parse_args()
+    args.csv = args.csv or sorted(Path("benchmarks/out").glob("*.csv"))
+    if not args.csv:
+        parser.error("--csv must name at least one file, got none. Run density_recovery.py first.")
     rows = read(args.csv)
     print(table(rows))
     if args.picture:
-        for path in pictures(rows, args.picture):
+        for path in pictures(rows, args.picture, args.task):
             print(f"\nwrote {path}")
 
 

@@ -71,7 +71,7 @@ class GraftArguments:
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha ('global') or one per 'tensor'."})
     candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
     learning_rate: float = field(default=0.1, metadata={"help": "Of the mask logits, which start in [-1, 1]."})
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the mask's training rows."})
+    epochs: float = field(default=2.0, metadata={"help": "Passes over the mask's training rows."})
     batch_size: int = field(default=32, metadata={"help": "Rows per step on each device."})
     max_train_samples: int = field(default=2048, metadata={"help": "Rows that train or score the mask."})
     calibration_samples: int = field(default=512, metadata={"help": "Further rows of --train that fit alpha."})

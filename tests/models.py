@@ -1,4 +1,4 @@
-"""Tiny random models of the three families: encoder, decoder, encoder-decoder. Built in milliseconds, never trained."""
+"""Tiny random models of every kind that the package meets. Built in milliseconds, never trained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCAB_SIZE = 64
@@ -89,6 +101,108 @@ def tiny_t5(dtype: torch.dtype = torch.float32, seed: int = 0) -> T5ForCondition
     return model
 
 
+def tiny_roberta(dtype: torch.dtype = torch.float32, seed: int = 0) -> RobertaForSequenceClassification:
+    """Encoder whose head is a module with two Linears of its own."""
+    config = RobertaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=1,
+    )
+    return _build(RobertaForSequenceClassification, config, dtype, seed)
+
+
+def tiny_qwen(dtype: torch.dtype = torch.float32, seed: int = 0) -> Qwen2ForCausalLM:
+    """Decoder with biases in the attention only, and a tied head."""
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _build(Qwen2ForCausalLM, config, dtype, seed)
+
+
+def tiny_mixtral(dtype: torch.dtype = torch.float32, seed: int = 0) -> MixtralForCausalLM:
+    """Decoder whose experts are parameters with three dimensions."""
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _build(MixtralForCausalLM, config, dtype, seed)
+
+
+def tiny_mamba(dtype: torch.dtype = torch.float32, seed: int = 0) -> MambaForCausalLM:
+    """State-space decoder: bare parameters beside submodules, and code that reads a Conv1d's weight directly."""
+    config = MambaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        time_step_rank=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _build(MambaForCausalLM, config, dtype, seed)
+
+
+def tiny_vit(dtype: torch.dtype = torch.float32, seed: int = 0) -> ViTForImageClassification:
+    """Vision encoder: a Conv2d, and bare parameters (class token, positions) of a module that has submodules."""
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=2,
+    )
+    return _build(ViTForImageClassification, config, dtype, seed)
+
+
+def tiny_whisper(dtype: torch.dtype = torch.float32, seed: int = 0) -> WhisperForConditionalGeneration:
+    """Speech encoder-decoder: two Conv1d, position embeddings, and a tied head."""
+    config = WhisperConfig(
+        vocab_size=VOCAB_SIZE,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=8,
+        max_target_positions=16,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return _build(WhisperForConditionalGeneration, config, dtype, seed)
+
+
 def perturbed(model: nn.Module, scale: float = 0.02, seed: int = 1) -> nn.Module:
     """Copy a model and add N(0, scale) to every parameter: a donor.
 
@@ -105,10 +219,17 @@ def perturbed(model: nn.Module, scale: float = 0.02, seed: int = 1) -> nn.Module
 
 
 def inputs(model: nn.Module, batch: int = 3, length: int = 7, seed: int = 2) -> dict[str, torch.Tensor]:
-    """Random token ids that the model's forward takes, with labels, so that there is a loss."""
+    """Random inputs (token ids where it takes any) that the model's forward takes, with labels for a loss."""
     generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    if isinstance(model, ViTForImageClassification):
+        pixels = torch.randn(batch, 3, 8, 8, generator=generator).to(dtype)
+        return {"pixel_values": pixels, "labels": torch.randint(2, (batch,), generator=generator)}
+    if isinstance(model, WhisperForConditionalGeneration):
+        features = torch.randn(batch, 8, 16, generator=generator).to(dtype)
+        return {"input_features": features, "labels": torch.randint(2, VOCAB_SIZE, (batch, 4), generator=generator)}
     input_ids = torch.randint(2, VOCAB_SIZE, (batch, length), generator=generator)
-    if isinstance(model, BertForSequenceClassification):
+    if isinstance(model, BertForSequenceClassification | RobertaForSequenceClassification):
         labels = torch.randint(model.config.num_labels, (batch,), generator=generator)
     elif isinstance(model, T5ForConditionalGeneration):
         labels = torch.randint(2, VOCAB_SIZE, (batch, length - 2), generator=generator)

@@ -38,9 +38,7 @@ def check_peft() -> None:
         "BaseTuner._inject_parameters": hasattr(base, "_inject_parameters"),
         "BaseTuner._prepare_adapter_config": hasattr(base, "_prepare_adapter_config"),
         "BaseTuner.inject_adapter(state_dict=)": "state_dict" in inspect.signature(base.inject_adapter).parameters,
-        "BaseTunerLayer._move_adapter_to_device_of_base_layer": hasattr(
-            layer, "_move_adapter_to_device_of_base_layer"
-        ),
+        "BaseTunerLayer._move_adapter_to_device_of_base_layer": hasattr(layer, "_move_adapter_to_device_of_base_layer"),
         "tuners_utils.check_adapters_to_merge": hasattr(tuners_utils, "check_adapters_to_merge"),
         "PeftType": all(hasattr(PeftType, name) for name in ("_member_map_", "_member_names_", "_value2member_map_")),
     }

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .deltas import stream
 from .selection import SelectionError, top_k_mask
-from .tuner import GraftLayer, GraftModel
+from .tuner import GraftLayer, GraftModel, Sidecar
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 PATH_POINTS = 4
@@ -92,13 +92,21 @@ class _Measurer:
     """Run batches through the base and collect evidence for the targeted tensors of one adapter."""
 
     def __init__(
-        self, model: nn.Module, tuner: GraftModel, adapter_name: str, batches: list[Any], loss_fn: LossFn, progress: bool
+        self,
+        model: nn.Module,
+        tuner: GraftModel,
+        adapter_name: str,
+        batches: list[Any],
+        loss_fn: LossFn,
+        progress: bool,
     ) -> None:
         self.model, self.tuner, self.adapter_name = model, tuner, adapter_name
         self.batches, self.loss_fn, self.progress = batches, loss_fn, progress
         self.targets = tuner.targets(adapter_name)
         self.parameters = {name: layer.base_parameter(param) for name, (layer, param) in self.targets.items()}
         self.total = sum(batch_size(batch) for batch in batches)
+        for parameter in self.parameters.values():
+            parameter.grad = None  # what an earlier training has left there
 
     def _bar(self, what: str, passes: int = 1) -> tqdm:
         return tqdm(total=passes * len(self.batches), desc=what, disable=not self.progress, leave=False)
@@ -147,7 +155,9 @@ class _Measurer:
 
     def squared_gradient(self) -> dict[str, torch.Tensor]:
         """Mean over batches of the squared batch gradient; with batches of one, the diagonal empirical Fisher."""
-        squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in self.parameters.items()}
+        squares = {
+            name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in self.parameters.items()
+        }
 
         def square(size: int) -> None:
             for name, gradient in self._take_gradients().items():
@@ -162,11 +172,16 @@ class _Measurer:
         squares: dict[str, torch.Tensor] = {}
         hooks = []
         for name, (layer, param) in self.targets.items():
+            if isinstance(layer, Sidecar):
+                raise _no_input(layer, name)
 
-            def hook(module: GraftLayer, args: Any, output: Any, name: str = name, param: str = param) -> None:
-                squares[name] = squares.get(name, 0) + _input_square(module, param, args, output, name)
+            def hook(
+                module: GraftLayer, args: Any, kwargs: Any, output: Any, name: str = name, param: str = param
+            ) -> None:
+                inputs = [*args, *kwargs.values()][0].detach()
+                squares[name] = squares.get(name, 0) + _input_square(module, param, inputs, output, name)
 
-            hooks.append(layer.register_forward_hook(hook))
+            hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
         try:
             with torch.no_grad(), self._bar("norm of the inputs") as bar:
                 for batch in self.batches:
@@ -177,7 +192,9 @@ class _Measurer:
                 handle.remove()
         return {name: squares.get(name, torch.zeros(())).sqrt() for name in self.targets}
 
-    def sigmoid(self, budget: int, steps: int, validation: list[Any], seed: int, lr: float = 1e7) -> dict[str, torch.Tensor]:
+    def sigmoid(
+        self, budget: int, steps: int, validation: list[Any], seed: int, lr: float = 1e7
+    ) -> dict[str, torch.Tensor]:
         """The published procedure (Panigrahi et al. 2023, section 2.2): one step per pass, best mask by validation.
 
         mask = b + (1 - 2b) * sigmoid(S - 10), b the top-|delta| patch, S ~ U[0, 1); S falls by
@@ -266,14 +283,13 @@ def mean_loss(model: nn.Module, batches: list[Any], loss_fn: LossFn) -> float:
     return total / max(count, 1)
 
 
-def _input_square(layer: GraftLayer, param: str, args: Any, output: Any, name: str) -> torch.Tensor:
+def _input_square(layer: GraftLayer, param: str, inputs: torch.Tensor, output: Any, name: str) -> torch.Tensor:
     module = layer.get_base_layer()
-    inputs = args[0].detach()
     if isinstance(module, nn.Embedding):
         return torch.bincount(inputs.flatten(), minlength=module.num_embeddings).float()[:, None]
     features = inputs.float()
-    if param == "bias":
-        return torch.tensor(float(features[..., 0].numel()))
+    if param == "bias" and isinstance(output, torch.Tensor):
+        return torch.tensor(output.numel() / layer.base_parameter(param).numel())
     if isinstance(module, nn.Linear):
         return features.reshape(-1, features.shape[-1]).square().sum(0)[None, :]
     if isinstance(module, Conv1D):
@@ -287,7 +303,12 @@ def _input_square(layer: GraftLayer, param: str, args: Any, output: Any, name: s
         scaled = output.detach().float() - (0 if bias is None else bias.detach().float())
         safe = torch.where(weight.abs() < 1e-6, torch.ones_like(weight), weight)
         return (scaled / safe).reshape(-1, weight.numel()).square().sum(0)
-    raise SelectionError(
-        f"selection='wanda' must target linear, convolution, embedding or norm modules, got {type(module).__name__} for "
-        f"{name!r}. Exclude it with exclude_modules, or use selection='fisher'."
+    raise _no_input(layer, name)
+
+
+def _no_input(layer: GraftLayer, name: str) -> SelectionError:
+    return SelectionError(
+        f"selection='wanda' must target linear, convolution, embedding or norm modules, got "
+        f"{type(layer.get_base_layer()).__name__} for {name!r}. Exclude it with exclude_modules, or use "
+        "selection='fisher'."
     )

@@ -66,7 +66,8 @@ def _measured(evidence: Evidence) -> torch.Tensor:
 
 def random(evidence: Evidence) -> torch.Tensor:
     """Score uniformly at random in [0, 1): the floor every other rule must beat."""
-    generator = torch.Generator().manual_seed((evidence.seed << 32) ^ zlib.crc32(evidence.name.encode()))
+    # The CPU generator looks at no more than 32 bits of its seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {evidence.name}".encode()))
     return torch.rand(evidence.delta.shape, generator=generator).to(evidence.delta.device)
 
 
@@ -156,6 +157,13 @@ def resolve_budget(total: int, density: float | None, num_params: int | None) ->
     return budget
 
 
+def no_entry_in_any_tensor(density: float) -> SelectionError:
+    """Build the error for a density that rounds to nothing in every single tensor."""
+    return SelectionError(
+        f"density must give at least one entry in some tensor, got {density!r}. Raise it or use scope='global'."
+    )
+
+
 def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Mark exactly the `k` highest scores, ties going to the lower index.
 
@@ -208,8 +216,7 @@ class TopK:
         if self.names and name <= self.names[-1]:
             raise SelectionError(f"names must be added in increasing order, got {name!r} after {self.names[-1]!r}.")
         flat = scores.detach().flatten().float()
-        if torch.isnan(flat).any():
-            raise SelectionError(f"scores must not be NaN, got NaN in {name!r}. Check the data and the loss.")
+        _refuse_nan(name, flat)
         self.names.append(name)
         # Later entries lose ties against those already held, so only strictly better ones matter once k are held.
         keep = (flat > self._threshold).nonzero().flatten() if self._held >= self.k else None
@@ -243,6 +250,11 @@ class TopK:
         return found
 
 
+def _refuse_nan(name: str, scores: torch.Tensor) -> None:
+    if torch.isnan(scores).any():
+        raise SelectionError(f"scores must not be NaN, got NaN in {name!r}. Check the data and the loss.")
+
+
 def unit_of(name: str, granularity: Granularity) -> str:
     """Name of the unit that a tensor belongs to: itself, or for `"layer"` everything up to the first number.
 
@@ -262,7 +274,10 @@ def _select_units(
     sums: dict[str, float] = {}
     members: dict[str, list[tuple[str, int]]] = {}
     for name, scores in scored:
+        if not scores.numel():
+            continue
         unit = unit_of(name, granularity)
+        _refuse_nan(name, scores)
         sums[unit] = sums.get(unit, 0.0) + float(scores.double().sum())
         members.setdefault(unit, []).append((name, scores.numel()))
     sizes = {unit: sum(size for _, size in tensors) for unit, tensors in members.items()}
@@ -319,9 +334,7 @@ def select(
                 best.add(name, scores)
                 chosen.update(best.result())
         if not chosen:
-            raise SelectionError(
-                f"density must give at least one entry in some tensor, got {density!r}. Raise it or use scope='global'."
-            )
+            raise no_entry_in_any_tensor(density)
         return chosen
     budget = resolve_budget(sum(sizes.values()), density, num_params)
     if granularity != "entry":

@@ -84,10 +84,11 @@ def initialize_graft(
         The fit of alpha, or None where alpha is a number.
 
     Raises:
-        ValueError: No batches, or fewer than two where some must be held out.
+        ValueError: No batches, or fewer than two where some must be held out; an adapter that is merged or not active.
     """
     tuner = find_tuner(model)
     config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
+    _require_in_use(tuner, adapter_name)
     rule = get_rule(config.selection)
     batches, held_out = list(dataloader), None if calibration is None else list(calibration)
     if not batches or (held_out is not None and not held_out):
@@ -102,9 +103,9 @@ def initialize_graft(
                     f"dataloader must hold at least 2 batches to hold one out for alpha, got {len(batches)}. "
                     "Use smaller batches or pass calibration=..."
                 )
-            held_out = batches[_HELD_OUT - 1 :: _HELD_OUT] or batches[-1:]
-            chosen = {id(batch) for batch in held_out}
-            batches = [batch for batch in batches if id(batch) not in chosen]
+            kept = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
+            held_out = [batch for turn, batch in enumerate(batches) if turn in kept]
+            batches = [batch for turn, batch in enumerate(batches) if turn not in kept]
     if config.selection == "sigmoid":
         budget = sum(state.budget.values()) if isinstance(state.budget, dict) else state.budget
         options = {"budget": budget, "steps": steps, "validation": held_out, "seed": config.seed}
@@ -113,8 +114,8 @@ def initialize_graft(
     elif uses_data:
         measured = measure(model, tuner, adapter_name, rule.needs, batches, loss_fn, progress)
         tuner.make_patch(adapter_name, measured, progress=progress)
-    state.ready = True
     if config.alpha != "auto":
+        state.ready = True
         return None
     return fit_alpha(model, held_out, adapter_name=adapter_name, loss_fn=loss_fn, progress=progress)
 
@@ -146,35 +147,48 @@ def fit_alpha(
         The fit.
 
     Raises:
-        ValueError: No batches, a merged model, or a loss that is not finite at alpha = 1.
+        ValueError: No batches, an adapter that is merged or not active, or a loss that is not finite at alpha = 1.
     """
     tuner = find_tuner(model)
     config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
     batches = list(dataloader)
     if not batches:
         raise ValueError("dataloader must hold at least one batch, got none. Check the calibration dataset.")
-    if any(layer.merged for layer in tuner._layers()):
-        raise ValueError("model must be unmerged to fit alpha, got a merged one. Call model.unmerge_adapter() first.")
+    _require_in_use(tuner, adapter_name)
     with evaluating(model), tqdm(desc="fitting alpha", unit="pass", disable=not progress, leave=False) as bar:
 
         def loss_at(log_alpha: float) -> float:
-            state.alpha = math.exp(log_alpha)
+            state.trial = math.exp(log_alpha)
             loss = mean_loss(model, batches, loss_fn)
             bar.update()
-            bar.set_postfix(alpha=f"{state.alpha:.3g}", loss=f"{loss:.4f}")
+            bar.set_postfix(alpha=f"{state.trial:.3g}", loss=f"{loss:.4f}")
             return loss if math.isfinite(loss) else math.inf
 
-        current = state.alpha if isinstance(state.alpha, float) and state.alpha > 0 else 1.0
-        seen = minimise(loss_at, math.log(current))
-        if not math.isfinite(seen[0.0]):
-            raise ValueError(f"loss must be finite at alpha = 1, got {seen[0.0]!r}. Check the calibration data.")
-        best = min(seen, key=lambda log_alpha: (seen[log_alpha], abs(log_alpha)))
-        fit = AlphaFit(math.exp(best), seen[best], seen[0.0], len(seen))
-        if (scope or config.alpha_scope) == "tensor":
-            fit = _fit_per_tensor(model, tuner, adapter_name, batches, loss_fn, fit, bar)
-    state.alpha = config.alpha = fit.alpha
+        current = state.alpha if isinstance(state.alpha, int | float) and state.alpha > 0 else 1.0
+        try:
+            seen = minimise(loss_at, math.log(current))
+            if not math.isfinite(seen[0.0]):
+                raise ValueError(f"loss must be finite at alpha = 1, got {seen[0.0]!r}. Check the calibration data.")
+            best = min(seen, key=lambda log_alpha: (seen[log_alpha], abs(log_alpha)))
+            fit = AlphaFit(math.exp(best), seen[best], seen[0.0], len(seen))
+            if (scope or config.alpha_scope) == "tensor":
+                fit = _fit_per_tensor(model, tuner, adapter_name, batches, loss_fn, fit, bar)
+        finally:
+            state.trial = None
+    config.alpha = fit.alpha
     state.ready = True
     return fit
+
+
+def _require_in_use(tuner: GraftModel, adapter_name: str) -> None:
+    """Refuse to look at the loss of a model that would not show the adapter, or not the base."""
+    if adapter_name not in tuner.active_adapters:
+        raise ValueError(
+            f"adapter_name must be an active adapter, got {adapter_name!r} while {tuner.active_adapters} are active. "
+            f"Call model.set_adapter({adapter_name!r}) first."
+        )
+    if any(layer.merged for layer in tuner._layers()):
+        raise ValueError("model must be unmerged, got a merged one. Call model.unmerge_adapter() first.")
 
 
 def minimise(loss_at: Callable[[float], float], start: float = 0.0) -> dict[float, float]:
@@ -226,7 +240,7 @@ def _fit_per_tensor(
     names = [
         name
         for name, (layer, param) in tuner.targets(adapter_name).items()
-        if layer.keys[param] in layer.graft_patch[adapter_name].params
+        if layer.keys[param] in layer.slot(adapter_name).params
     ]
     device = next(model.parameters()).device
     logs = torch.full((len(names),), math.log(float(start.alpha)), device=device, requires_grad=True)  # type: ignore[arg-type]
@@ -234,12 +248,11 @@ def _fit_per_tensor(
     total = sum(batch_size(batch) for batch in batches)
     best_loss, best = start.loss, logs.detach().clone()
     for _ in range(_TENSOR_STEPS):
-        optimizer.zero_grad()
-        loss_sum = 0.0
+        loss_sum, logs.grad = 0.0, torch.zeros_like(logs)
         for batch in batches:
-            state.alpha = dict(zip(names, logs.exp().unbind(), strict=True))  # type: ignore[arg-type]
+            state.trial = dict(zip(names, logs.exp().unbind(), strict=True))
             loss = loss_fn(model, to_device(batch, device)) * (batch_size(batch) / total)
-            loss.backward()
+            logs.grad += torch.autograd.grad(loss, logs)[0]  # and nobody else's: a head may train with the mask
             loss_sum += float(loss.detach())
         bar.update()
         if loss_sum < best_loss:
@@ -262,11 +275,13 @@ def evaluating(model: nn.Module) -> Any:
 
 
 class AlphaCallback(TrainerCallback):
-    """Let a Trainer's mask and alpha be fitted in turns: refit alpha `rounds` times, evenly spaced, the last at the end.
+    """Let a Trainer fit mask and alpha in turns: refit alpha `rounds` times, evenly spaced, the last at the end.
 
     Args:
         calibration: Batches with labels that the Trainer does not train on.
         rounds: How often alpha is fitted during the training.
+        head_start: Factor on alpha when the training starts, > 0. A trained mask bears a larger scale than the mask it
+            starts from, and finds better entries when it has that scale from the beginning.
         adapter_name: Name of the adapter.
         loss_fn: Mean loss of a batch; default `model(**batch).loss`.
     """
@@ -275,14 +290,28 @@ class AlphaCallback(TrainerCallback):
         self,
         calibration: Iterable[Any],
         rounds: int = 2,
+        head_start: float = 3.0,
         adapter_name: str = "default",
         loss_fn: LossFn = default_loss,
     ) -> None:
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds!r}. Leave the callback out instead.")
+        if not head_start > 0:
+            raise ValueError(f"head_start must be above 0, got {head_start!r}. Use 1 for none.")
         self.calibration = list(calibration)
+        self.head_start = head_start
         self.rounds, self.adapter_name, self.loss_fn = rounds, adapter_name, loss_fn
         self.fits: list[AlphaFit] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Give alpha its head start; a resumed training has had it."""
+        tuner = find_tuner(model)
+        if state.global_step == 0:
+            alpha = tuner.states[self.adapter_name].alpha
+            scaled = (
+                {name: value * self.head_start for name, value in alpha.items()} if isinstance(alpha, dict) else None
+            )
+            tuner.peft_config[self.adapter_name].alpha = scaled or alpha * self.head_start
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Fit alpha where a round ends."""

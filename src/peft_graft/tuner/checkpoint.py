@@ -33,4 +33,5 @@ def register_with_trainer() -> None:
     from transformers import trainer  # imported late: only learned masks need it
 
     if MaskCheckpoint not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(MaskCheckpoint)
+        callbacks: list[type[TrainerCallback]] = trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+        callbacks.append(MaskCheckpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,11 +64,11 @@ class GraftConfig(PeftConfig):
     candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
     alpha: Any = field(default=1.0, metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one per tensor."})
-    target_modules: list[str] | str | None = field(
+    target_modules: Collection[str] | str | None = field(
         default=None, metadata={"help": "Modules to graft; default all but embeddings and head; 'all' for every one."}
     )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Bare parameters to graft."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    exclude_modules: Collection[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules taken whole from the donor."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to graft."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -106,8 +107,10 @@ class GraftConfig(PeftConfig):
             yield problem("density", "in (0, 1]", "Give the share of entries to graft.")
         if self.num_params is not None and not (_is_integer(self.num_params) and self.num_params >= 1):
             yield problem("num_params", "an integer >= 1", "Give the number of entries to graft.")
-        if self.donor is not None and not isinstance(self.donor, str | os.PathLike | nn.Module) and not hasattr(
-            self.donor, "get"
+        if (
+            self.donor is not None
+            and not isinstance(self.donor, str | os.PathLike | nn.Module)
+            and not hasattr(self.donor, "get")
         ):
             yield problem("donor", "a directory, a Hub id, a module or 'zeros'", "Pass the fine-tuned checkpoint.")
         if self.selection not in RULES:
@@ -125,6 +128,10 @@ class GraftConfig(PeftConfig):
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
         if self.selection in ("learned", "sigmoid") and self.granularity != "entry":
             yield problem("granularity", f"'entry' with selection={self.selection!r}", "Only entries are trained.")
+        if self.scope == "tensor" and (self.num_params is not None or self.granularity != "entry"):
+            yield problem("scope", "'global' with num_params or a coarser granularity", "Or give a density of entries.")
+        if self.scope == "tensor" and self.selection == "sigmoid":
+            yield problem("scope", "'global' with selection='sigmoid'", "The published procedure has one budget.")
         if not _is_integer(self.seed):
             yield problem("seed", "an integer", "Use 0.")
 
@@ -136,7 +143,8 @@ class GraftConfig(PeftConfig):
     @property
     def needs_data(self) -> bool:
         """Whether `initialize_graft` must see data before the graft is complete."""
-        return get_rule(self.selection).needs not in ("weights", "training") or self.alpha == "auto"
+        waits = self.selection == "sigmoid" or get_rule(self.selection).needs not in ("weights", "training")
+        return waits or self.alpha == "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON-able dictionary; a donor in memory becomes its name."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -65,6 +65,10 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         module, _, name = param.rpartition(".")
         return self.get_base_layer().get_submodule(module)._parameters[name]
 
+    def slot(self, adapter_name: str) -> Slot:
+        """What an adapter holds for this layer."""
+        return cast(Slot, self.graft_patch[adapter_name])
+
     def add_slot(self, adapter_name: str, params: list[str] | None = None) -> None:
         """Make room for an adapter.
 
@@ -74,7 +78,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         """
         eligible = tuple(self.keys) if params is None else tuple(params)
         if adapter_name in self.graft_patch:
-            slot = self.graft_patch[adapter_name]
+            slot = self.slot(adapter_name)
             slot.eligible = tuple(param for param in self.keys if param in {*slot.eligible, *eligible})
         else:
             self.graft_patch[adapter_name] = Slot(eligible)
@@ -89,19 +93,18 @@ class GraftLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Give an adapter its entries of one parameter (see `Slot.install`), on the parameter's device."""
         device = self.base_parameter(param).device
-        slot = self.graft_patch[adapter_name]
+        slot = self.slot(adapter_name)
         logits = None if logits is None else logits.to(device)
         slot.install(self.keys[param], indices.to(device), values.to(device), logits)
         if logits is not None:
-            magnitudes = (slot.values(self.keys[param]).float() - self.base_entries(param, indices.to(device)).float()).abs()
-            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], magnitudes)
+            delta = slot.values(self.keys[param]).float() - self.base_entries(param, indices.to(device)).float()
+            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], delta.abs())
 
-    def clear(self, adapter_name: str) -> None:
-        """Take an adapter's entries away."""
+    def clear(self, adapter_name: str, params: Iterable[str] | None = None) -> None:
+        """Take an adapter's entries away, of all parameters or of these."""
         if adapter_name in self.graft_patch:
-            slot = self.graft_patch[adapter_name]
-            for param in list(slot.params):
-                slot.remove(param)
+            for param in self.keys if params is None else params:
+                self.slot(adapter_name).remove(self.keys[param])
 
     # Patched values
 
@@ -112,12 +115,12 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             return flat[indices]
         where, values = self._backup[param]
         flat = flat.clone()
-        flat[where] = values
+        flat[where] = values.to(flat)
         return flat[indices]
 
     def entries(
         self, adapter_name: str, param: str, training: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """Flat indices of an adapter's patch of one parameter, and the values it puts there.
 
         Args:
@@ -126,9 +129,10 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             training: Whether a learned mask must stay differentiable: then all candidates are returned.
 
         Returns:
-            Indices int64 [n] and values [n] in the base's dtype, or None where there is no patch.
+            Indices int64 [n], values [n] in the base's dtype, and which of them are taken: bool [n], or None for all.
+            None where there is no patch.
         """
-        slot = self.graft_patch[adapter_name] if adapter_name in self.graft_patch else None
+        slot = self.slot(adapter_name) if adapter_name in self.graft_patch else None
         key = self.keys[param]
         if slot is None or key not in slot.params:
             return None
@@ -143,18 +147,19 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
         full = donor.to(base.dtype) if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
-            return indices, full
+            return indices, full, None
         exact = torch.where(mask, full, base)
         # The straight-through estimator: the forward is the exact mask, the gradient that of the mask as a number.
         through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
-        return indices, exact + through.to(base.dtype)
+        return indices, exact + through.to(base.dtype), mask
 
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Entries of several adapters together; where they touch the same entry, the mean of their values.
+        """Entries of several adapters together; where they take the same entry, the mean of their values.
 
-        The mean does not depend on the order of the adapters.
+        The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out have no
+        say where another adapter takes the entry.
         """
         found = [
             entries
@@ -162,12 +167,14 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             if (entries := self.entries(name, param, training)) is not None
         ]
         if len(found) < 2:
-            return found[0] if found else None
-        indices, where = torch.cat([indices for indices, _ in found]).unique(return_inverse=True)
-        values = torch.cat([values for _, values in found])
-        total = torch.zeros(indices.numel(), dtype=torch.float64, device=values.device)
-        count = torch.zeros_like(total).index_add(0, where, torch.ones_like(values, dtype=torch.float64))
-        total = total.index_add(0, where, values.double())
+            return found[0][:2] if found else None
+        indices, where = torch.cat([indices for indices, _, _ in found]).unique(return_inverse=True)
+        values = torch.cat([values for _, values, _ in found])
+        taken = torch.cat([torch.ones_like(index) if mask is None else mask.long() for index, _, mask in found])
+        nobody = torch.zeros_like(indices).index_add(0, where, taken) == 0
+        weights = torch.where(nobody[where], 1, taken).double()
+        empty = torch.zeros(indices.numel(), dtype=torch.float64, device=values.device)
+        total, count = (empty.index_add(0, where, part) for part in (values.double() * weights, weights))
         return indices, (total / count).to(values.dtype)
 
     def effective(self, param: str) -> torch.Tensor | None:
@@ -227,9 +234,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         together = [*self.merged_adapters, *names]
-        patches = {
-            param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None
-        }
+        patches = {param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None}
         if safe_merge:
             broken = [self.tensor_name(param) for param, (_, values) in patches.items() if not values.isfinite().all()]
             if broken:
@@ -246,11 +251,18 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         """Put the base's own bits back."""
         with torch.no_grad():
             for param, (indices, values) in self._backup.items():
-                self.base_parameter(param).data.view(-1)[indices] = values.to(self.base_parameter(param).device)
+                flat = self.base_parameter(param).data.view(-1)
+                flat[indices] = values.to(flat)
         self._backup = {}
         self.merged_adapters = []
 
     # Host contract
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the patches on or off; off also unmerges, because a tied partner may run before this layer does."""
+        super().enable_adapters(enabled)
+        if not enabled:
+            self.unmerge()
 
     def train(self, mode: bool = True) -> GraftLayer:
         """Switch between the straight-through mask (training) and the exact one (evaluation)."""
@@ -282,7 +294,16 @@ class GraftLayer(nn.Module, BaseTunerLayer):
                 raise
             if name in self.__dict__.get("keys", {}):
                 return self._read(name)
-            return getattr(self.base_layer, name)
+            return self._patched_child(name, getattr(self.base_layer, name))
+
+    def _patched_child(self, name: str, child: Any) -> Any:
+        # nn.TransformerEncoderLayer reads self_attn.out_proj.weight without calling self_attn.
+        params = [param for param in self.__dict__.get("keys", {}) if param.startswith(f"{name}.")]
+        if not params:
+            return child
+        view = copy.copy(child)  # shares the parameters; an instance attribute shadows them
+        view.__dict__.update({param.rpartition(".")[2]: self._read(param) for param in params})
+        return view
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Forward writes of the wrapped module's parameters to it (weight tying, initialisation)."""
@@ -299,7 +320,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         # The stock method would also cast to the base's dtype and so lose the donor's bits.
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if adapter_name in self.graft_patch and device is not None and device.type != "meta":
-            self.graft_patch[adapter_name].to(device)
+            self.slot(adapter_name).to(device)
 
     def __repr__(self) -> str:
         """Show the method in front of the wrapped module, as PEFT's layers do."""

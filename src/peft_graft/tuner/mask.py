@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
 from ..selection import top_k_mask
+
+if TYPE_CHECKING:
+    from .config import GraftConfig
 
 
 class Slot(nn.Module):
@@ -46,10 +51,14 @@ class Slot(nn.Module):
 
     def remove(self, param: str) -> None:
         """Forget the entries of `param`, if any."""
-        for kind in ("indices", "values", "logits"):
-            if hasattr(self, f"{param}_{kind}"):
-                delattr(self, f"{param}_{kind}")
+        for kind in self.tensors(param):
+            delattr(self, f"{param}_{kind}")
         self.params = [name for name in self.params if name != param]
+
+    def tensors(self, param: str) -> dict[str, torch.Tensor]:
+        """What is held for `param`, by kind."""
+        kinds = ("indices", "values", "logits")
+        return {kind: getattr(self, f"{param}_{kind}") for kind in kinds if hasattr(self, f"{param}_{kind}")}
 
     def indices(self, param: str) -> torch.Tensor:
         """Flat indices of `param`, int64 [n]."""
@@ -72,19 +81,20 @@ class GraftState:
     """What the layers of one adapter share: the scale, and the one budget that spans all of their candidates.
 
     Args:
-        alpha: Scale of the patch, or one per tensor name.
+        config: The adapter's config: alpha is read from it at every use, so that it can be changed there.
         budget: Number of entries of a learned mask, or one number per tensor name (`scope="tensor"`).
     """
 
-    def __init__(self, alpha: float | dict[str, float] = 1.0, budget: int | dict[str, int] | None = None) -> None:
-        self.alpha = alpha
+    def __init__(self, config: GraftConfig, budget: int | dict[str, int] | None = None) -> None:
+        self.config = config
         self.budget = budget
+        self.trial: float | dict[str, torch.Tensor] | None = None  # the alpha that a fit is looking at
         self.ready = False  # whether the patch is complete, so that it may be saved
         self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self._members: dict[str, tuple[Slot, str]] = {}
         self._magnitudes: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._versions: tuple[tuple[Any, ...], ...] = ()
 
     def register(self, name: str, slot: Slot, param: str, magnitudes: torch.Tensor) -> None:
         """Let the budget span the logits of this tensor.
@@ -109,9 +119,16 @@ class GraftState:
         """Forget the mask, for changes of the logits that their version counters do not show."""
         self._versions = ()
 
+    @property
+    def alpha(self) -> Any:
+        """Scale of the patch, or one per tensor name; 1 where `"auto"` is not fitted yet."""
+        alpha = self.config.alpha if self.trial is None else self.trial
+        return 1.0 if alpha == "auto" else alpha
+
     def scale(self, name: str) -> float | torch.Tensor:
         """Alpha of this tensor; a tensor while it is being fitted by gradients."""
-        return self.alpha.get(name, 1.0) if isinstance(self.alpha, dict) else self.alpha
+        alpha = self.alpha
+        return alpha.get(name, 1.0) if isinstance(alpha, dict) else alpha
 
     def logits(self) -> dict[str, nn.Parameter]:
         """Mask logits by tensor name."""
@@ -121,7 +138,7 @@ class GraftState:
     def mask(self, name: str) -> torch.Tensor:
         """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors."""
         logits = self.logits()
-        versions = tuple((id(values), values._version) for values in logits.values())
+        versions = tuple((id(values), values._version, values.device) for values in logits.values())
         if versions != self._versions:
             self._masks = self.masks_of({key: values.detach() for key, values in logits.items()})
             self._versions = versions

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _find_minimal_target_modules
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _get_submodules
 from torch import nn
 
-from ..deltas import Donor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names, stream
-from ..selection import Evidence, TopK, get_rule, resolve_budget, select
+from ..deltas import Donor, DonorError, nothing_to_graft, open_donor, resolve_names, stream
+from ..selection import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
 from . import storage
 from .checkpoint import register_with_trainer
 from .config import GraftConfig
-from .layer import SIDECAR, GraftLayer, GraftLinear, Sidecar, own_parameters
+from .heads import graft_heads
+from .layer import SIDECAR, GraftLayer, GraftLinear, Sidecar
 from .mask import GraftState
-from .targets import default_targets, is_wrappable, refuse
+from .targets import is_wrappable, refuse, resolve_targets
 
 Target = tuple[GraftLayer, str]
 
@@ -38,11 +38,11 @@ class GraftModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
-        self.__dict__["states"] = {}  # set before the base class injects; shared with every layer
-        self.__dict__["donors"] = {}
-        self.__dict__["donor_heads"] = {}
-        states, donors, heads = self.states, self.donors, self.donor_heads
-        self._shared = (states, donors, heads)
+        # Set before the base class injects. The states are shared with every layer, also with those that a base
+        # carries already, from an earlier call or a refused file.
+        grafted = next((module for module in model.modules() if isinstance(module, GraftLayer)), None)
+        self.states: dict[str, GraftState] = {} if grafted is None else grafted.states
+        self.donors: dict[str, Donor] = {}
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # Injection
@@ -71,30 +71,42 @@ class GraftModel(BaseTuner):
             )
         if config.density is None and config.num_params is None and not from_file:
             resolve_budget(1, None, None)
-        self.states[adapter_name] = GraftState(alpha=1.0 if config.alpha == "auto" else config.alpha)
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        self._link_tied(model, adapter_name)
-        if not from_file:
-            self._graft(adapter_name)
+        self.states[adapter_name] = GraftState(config)
+        with ExitStack() as undo:
+            undo.callback(self._undo_injection, adapter_name, {p: p.requires_grad for p in model.parameters()})
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            self._link_tied(model)
+            if not from_file:
+                self._graft(adapter_name)
+            undo.pop_all()
+
+    def _undo_injection(self, adapter_name: str, gradients: dict[nn.Parameter, bool]) -> None:
+        """Make the model what it was before an injection that failed."""
+        self.states.pop(adapter_name, None)
+        self.donors.pop(adapter_name, None)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for module in modules.values():
+            if isinstance(module, GraftLayer) and adapter_name in module.graft_patch:
+                del module.graft_patch[adapter_name]
+            elif isinstance(module, ModulesToSaveWrapper):
+                module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
+        for key, module in modules.items():
+            parent, _, name = key.rpartition(".")
+            if isinstance(module, GraftLayer) and not self.states:
+                self._replace_module(modules[parent], name, module.get_base_layer(), module)
+            elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+                setattr(modules[parent], name, module.original_module)
+        for parameter, requires_grad in gradients.items():
+            parameter.requires_grad_(requires_grad)
 
     def _prepare_adapter_config(self, peft_config: GraftConfig, model_config: dict[str, Any]) -> GraftConfig:
-        if peft_config.target_modules is None and peft_config.target_parameters is not None:
-            return peft_config
-        if peft_config.target_modules is None or peft_config.target_modules == "all":
-            names, others, bare = default_targets(self.model, everything=peft_config.target_modules == "all")
-            if not names and not bare:
-                raise ValueError("target_modules must match a module that owns parameters, got none in this model.")
-            short = _find_minimal_target_modules(names, others) if names and others else set(names)
-            peft_config.target_modules = short
-            if bare:
-                peft_config.target_parameters = sorted({*(peft_config.target_parameters or []), *bare})
-        return peft_config
+        return resolve_targets(peft_config, self.model)
 
     def _create_and_replace(
         self,
@@ -136,12 +148,12 @@ class GraftModel(BaseTuner):
         for key, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, Sidecar) or ".base_layer" in f".{key}":
                 continue
-            owner = module.get_base_layer() if isinstance(module, GraftLayer) else module
-            for param, _ in owner.named_parameters(recurse=False):
+            held = module.keys if isinstance(module, GraftLayer) else dict(module.named_parameters(recurse=False))
+            for param in held:
                 name = f"{key}.{param}" if key else param
                 if name not in wanted and not any(name.endswith(f".{suffix}") for suffix in wanted):
                     continue
-                if not key and is_wrappable(owner):
+                if not key and is_wrappable(module):
                     raise ValueError(
                         f"target_parameters must name parameters of submodules, got {name!r}, which the model itself "
                         "owns. Wrap the model in another module."
@@ -151,12 +163,13 @@ class GraftModel(BaseTuner):
                 found.append(name)
         return found
 
-    def _link_tied(self, model: nn.Module, adapter_name: str) -> None:
+    def _link_tied(self, model: nn.Module) -> None:
         """Give every parameter object one owner; wrap its other holders, so that they see the patch too."""
         owners: dict[int, Target] = {}
         for layer in self._layers():
             for param in layer.keys:
-                owners.setdefault(id(layer.base_parameter(param)), (layer, param))
+                if param not in layer.aliases:  # who owns a patch already keeps it
+                    owners.setdefault(id(layer.base_parameter(param)), (layer, param))
         for key, module in list(model.named_modules(remove_duplicate=False)):
             inside = ".base_layer" in f".{key}" or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
             if inside or not any(id(p) in owners for p in module._parameters.values() if p is not None):
@@ -189,7 +202,7 @@ class GraftModel(BaseTuner):
         for layer in self._layers():
             if adapter_name not in layer.graft_patch:
                 continue
-            for param in layer.graft_patch[adapter_name].eligible:
+            for param in layer.slot(adapter_name).eligible:
                 owner, owned = layer.aliases.get(param, (layer, param))
                 if owner is not layer and adapter_name not in owner.graft_patch:
                     owner.add_slot(adapter_name, [owned])
@@ -204,7 +217,7 @@ class GraftModel(BaseTuner):
         config = self.peft_config[adapter_name]
         donor = open_donor(config.donor, config.donor_revision)
         self.donors[adapter_name] = donor
-        self._graft_heads(adapter_name, donor)
+        graft_heads(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.needs in ("weights", "training"):
             self.make_patch(adapter_name)
@@ -261,14 +274,16 @@ class GraftModel(BaseTuner):
         budget: dict[str, Any] = {"density": config.density, "num_params": config.num_params}
         trained = rule.needs == "training"
         if trained:
-            state.budget = resolve_budget(total, **budget)
+            count = resolve_budget(total, **budget)
+            factor = config.candidates if config.selection == "learned" else 1
             if config.scope == "tensor":
-                state.budget = {name: round(config.density * size) for name, size in sizes.items()}
-                wide = min(1.0, config.density * config.candidates)
-                chosen = select(scored(), sizes, density=wide, scope="tensor")
-                state.budget = {name: state.budget[name] for name in chosen}
+                chosen = select(scored(), sizes, density=min(1.0, config.density * factor), scope="tensor")
+                state.budget = {name: round(config.density * sizes[name]) for name in chosen}
+                if not any(state.budget.values()):
+                    raise no_entry_in_any_tensor(config.density)
             else:
-                pool = TopK(min(total, round(config.candidates * state.budget)))
+                state.budget = count
+                pool = TopK(min(total, round(factor * count)))
                 for name, scores in scored():
                     pool.add(name, scores)
                 chosen = pool.result()
@@ -305,7 +320,7 @@ class GraftModel(BaseTuner):
     ) -> None:
         donor, state = self.donors[adapter_name], self.states[adapter_name]
         state.clear()
-        for name, (layer, _) in targets.items():
+        for layer, _ in targets.values():
             layer.clear(adapter_name)
         values = {
             name: after.reshape(-1)[chosen[name]]
@@ -317,38 +332,9 @@ class GraftModel(BaseTuner):
             layer, param = targets[name]
             logits = torch.ones(index.numel()) if trained else None
             layer.install(adapter_name, param, index, values[name], logits)
-        self.set_adapter(self.active_adapters, inference_mode=self.peft_config[adapter_name].inference_mode)
-
-    def _graft_heads(self, adapter_name: str, donor: Donor) -> None:
-        """Fill `modules_to_save` with the donor's values and keep them frozen; what the donor lacks stays trainable."""
-        self.donor_heads[adapter_name] = []
-        if isinstance(donor, ZerosDonor):
-            return
-        held = set(donor.names())
-        for key, module in self.model.named_modules():
-            if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
-                continue
-            copies = dict(module.modules_to_save[adapter_name].named_parameters())
-            if not all(f"{key}.{param}" in held for param in copies):
-                continue
-            base = {f"{key}.{param}": value.detach() for param, value in copies.items()}
-            resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
-            for name, before, after in stream(dict(sorted(base.items())), donor):
-                before.copy_(after)
-            self.donor_heads[adapter_name].append(key)
-        self._freeze_heads()
-
-    def _freeze_heads(self) -> None:
-        for adapter_name, keys in self.donor_heads.items():
-            for key in keys:
-                wrapper = self.model.get_submodule(key)
-                if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-                    wrapper.modules_to_save[adapter_name].requires_grad_(False)
-
-    def train(self, mode: bool = True) -> GraftModel:
-        """Switch the mask between soft and exact, and keep the donor's head frozen (PEFT unfreezes it)."""
-        self._freeze_heads()
-        return super().train(mode)
+        trains = adapter_name in self.active_adapters and not self.peft_config[adapter_name].inference_mode
+        for layer, _ in targets.values():
+            layer.set_requires_grad(adapter_name, trains)
 
     # Host contract
 
@@ -376,8 +362,8 @@ class GraftModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and what its layers share."""
         super().delete_adapter(adapter_name)
-        for held in self._shared:
-            held.pop(adapter_name, None)
+        self.states.pop(adapter_name, None)
+        self.donors.pop(adapter_name, None)
 
     @classmethod
     def _get_adapter_state_dict(

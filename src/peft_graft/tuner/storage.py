@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from ..patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key
+from .checkpoint import register_with_trainer
 from .layer import GraftLayer
+from .mask import Slot
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -19,28 +21,43 @@ _ROOT = "base_model.model."
 _FSDP = "_fsdp_wrapped_module."
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, GraftLayer]:
+class _Place(NamedTuple):
+    """Where the patch of a tensor lives: the layer that owns it, its parameter, and the layer's key in the model."""
+
+    layer: GraftLayer
+    param: str
+    key: str
+
+    @property
+    def tensor_name(self) -> str:
+        return self.layer.tensor_name(self.param)
+
+    def slot(self, adapter_name: str) -> Slot:
+        return self.layer.slot(adapter_name)
+
+    def live_key(self, adapter_name: str, kind: str) -> str:
+        return f"{self.key}.graft_patch.{adapter_name}.{self.layer.keys[self.param]}_{kind}"
+
+
+def _places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
+    """What an adapter may patch, by tensor name; a tied tensor is found under each of its names."""
+    modules = ((module, key.removeprefix(_FSDP)) for key, module in model.named_modules())
+    layers = {module: key for module, key in modules if isinstance(module, GraftLayer)}
+    holders = [(layer, param, layer.aliases.get(param, (layer, param))) for layer in layers for param in layer.keys]
+    wanted = {owner for layer, _, owner in holders if adapter_name in layer.graft_patch}
     return {
-        key.removeprefix(_FSDP): module
-        for key, module in model.named_modules()
-        if isinstance(module, GraftLayer) and adapter_name in module.graft_patch
+        layer.tensor_name(param): _Place(*owner, layers[owner[0]]) for layer, param, owner in holders if owner in wanted
     }
 
 
-def _live_key(key: str, adapter_name: str, param: str, kind: str) -> str:
-    return f"{key}.graft_patch.{adapter_name}.{param}_{kind}"
-
-
-def _entries_of_base(layers: Mapping[str, GraftLayer], patch: Patch) -> dict[str, torch.Tensor] | None:
+def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch.Tensor] | None:
     """The base's values where the patch is, by tensor name; None while the base has no values (meta device)."""
     found = {}
     for name, part in patch.tensors.items():
-        key, _, param_key = name.rpartition(".")
-        layer = layers[key]
-        param = next(param for param, known in layer.keys.items() if known == param_key)
+        layer, param, _ = places[name]
         if layer.base_parameter(param).is_meta:
             return None
-        found[layer.tensor_name(param)] = layer.base_entries(param, part.indices.to(layer.base_parameter(param).device))
+        found[name] = layer.base_entries(param, part.indices.to(layer.base_parameter(param).device))
     return found
 
 
@@ -49,8 +66,8 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """Turn a live adapter into the tensors of its file, and record the base's fingerprint in its config.
 
-    A learned mask is packed: only the entries it takes are written. During training under a Trainer the candidates
-    and their logits are written instead, so that the checkpoint can be resumed.
+    A learned mask is packed: only the entries it takes are written. During training under a Trainer the candidates,
+    their logits and alpha are written instead, so that the checkpoint can be resumed.
 
     Args:
         model: The model that holds the adapter.
@@ -64,51 +81,45 @@ def pack(
     Raises:
         ValueError: The graft still waits for data.
     """
-    layers = _layers(model, adapter_name)
-    state = next(iter(layers.values())).states[adapter_name]
-    if not state.ready and not state.in_training:
+    places = {
+        name: place
+        for name, place in _places(model, adapter_name).items()
+        if name == place.tensor_name  # the owner's name stands for all names of a tied tensor
+    }
+    state = next(iter(places.values())).layer.states[adapter_name]
+    if not state.ready and not (state.in_training and state.logits()):
         raise ValueError(
             f"graft must be complete before it is saved, got selection={config.selection!r} and "
             f"alpha={config.alpha!r} that still wait for data. Call peft_graft.initialize_graft(model, dataloader)."
         )
     parts: dict[str, TensorPatch] = {}
     logits: dict[str, torch.Tensor] = {}
-    names: dict[str, str] = {}
-    for key, layer in layers.items():
-        slot = layer.graft_patch[adapter_name]
-        for param, param_key in layer.keys.items():
-            if param_key not in slot.params:
-                continue
-            held = {
-                kind: state_dict[live].detach().cpu()
-                for kind in ("indices", "values", "logits")
-                if (live := _live_key(key, adapter_name, param_key, kind)) in state_dict
-            }
-            name = f"{key}.{param_key}"
-            parts[name] = TensorPatch(held["indices"].long(), held["values"])
-            names[name] = layer.tensor_name(param)
-            if "logits" in held:
-                logits[name] = held["logits"]
+    for name, place in places.items():
+        if place.layer.keys[place.param] not in place.slot(adapter_name).params:
+            continue
+        indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
+        parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
+        if (key := place.live_key(adapter_name, "logits")) in state_dict:
+            logits[name] = state_dict[key].detach().cpu()
     if logits and not state.in_training:
-        masks = state.masks_of({names[name]: values for name, values in logits.items()})
-        for name in logits:
-            mask = masks[names[name]]
-            parts[name] = TensorPatch(parts[name].indices[mask], parts[name].values[mask])
+        masks = state.masks_of(logits)
+        parts |= {
+            name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()
+        }
     patch = Patch({name: part for name, part in parts.items() if part.indices.numel()})
-    base = _entries_of_base(layers, patch)
+    base = _base_entries(places, patch)
     if base is not None:
         config.fingerprint = Fingerprint.compute(base).to_dict()
     result = patch.to_tensors()
-    if state.in_training:
-        for name, values in logits.items():
-            key, _, param_key = name.rpartition(".")
-            result[file_key(key, param_key, "logits")] = values
-            # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
-            alpha = float(state.scale(names[name]))
-            result[file_key(key, param_key, "alpha")] = torch.tensor([alpha], dtype=torch.float64)
-    else:
+    if not state.in_training:
         config.entries = patch.num_params
-    return result
+    for name in logits if state.in_training else ():
+        result[_file_key(name, "logits")] = logits[name]
+        if config.alpha != "auto":
+            # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
+            result[_file_key(name, "alpha")] = torch.tensor([state.scale(name)], dtype=torch.float64)
+    rooted = any(place.key.startswith(_ROOT) for place in places.values())
+    return {f"{_ROOT}{key}" if rooted else key: value for key, value in result.items()}
 
 
 def unpack(
@@ -128,62 +139,56 @@ def unpack(
     Raises:
         PatchError: The file is malformed, names tensors that the model lacks, or belongs to another base.
     """
-    layers = _layers(model, adapter_name)
-    rooted = any(key.startswith(_ROOT) for key in layers)
-    plain = {key.removeprefix(_ROOT): layer for key, layer in layers.items()}
-    shapes = {
-        f"{key}.{param_key}": tuple(layer.base_parameter(param).shape)
-        for key, layer in plain.items()
-        for param, param_key in layer.keys.items()
-    }
+    places = _places(model, adapter_name)
+    shapes = {name: tuple(layer.base_parameter(param).shape) for name, (layer, param, _) in places.items()}
     patch = Patch.from_tensors(state_dict, shapes)
     if not patch.tensors:
         raise PatchError("adapter must hold a patch, got no `graft_patch` tensors. Check that the file is a graft.")
-    fresh = not any(layer.graft_patch[adapter_name].params for layer in layers.values())
+    patched = {(places[name].layer, places[name].param) for name in patch.tensors}
+    if len(patched) < len(patch.tensors):
+        raise PatchError(f"tied tensors must be patched once, got {sorted(patch.tensors)}. The file is damaged.")
+    layers = {place.layer for place in places.values()}
+    state = next(iter(layers)).states[adapter_name]
+    held = {layer: layer.slot(adapter_name) for layer in layers if adapter_name in layer.graft_patch}
+    fresh = not any(slot.params for slot in held.values())
     if fresh and config.fingerprint is not None:
-        base = _entries_of_base(plain, patch)
+        base = _base_entries(places, patch)
         if base is not None:
             Fingerprint.from_dict(config.fingerprint).require(base, config.base_model_name_or_path)
-    logits = _read_trained(state_dict, patch, "logits")
-    alphas = _read_trained(state_dict, patch, "alpha")
-    for layer in layers.values():
-        if not fresh and not logits and config.selection == "learned" and layer.graft_patch[adapter_name].params:
-            slot = layer.graft_patch[adapter_name]
-            if any(slot.logits(param) is not None for param in slot.params):
-                raise PatchError(
-                    "checkpoint must hold mask logits to resume training, got a packed patch. "
-                    "Resume from a checkpoint that a Trainer wrote during training."
-                )
-    for layer in layers.values():
-        slot = layer.graft_patch[adapter_name]
-        for param_key in list(slot.params):
-            key = next(key for key, known in plain.items() if known is layer)
-            if f"{key}.{param_key}" not in patch.tensors:
-                slot.remove(param_key)
+    logits, alphas = (_read_trained(state_dict, patch, kind) for kind in ("logits", "alpha"))
+    if state.logits() and not logits:
+        raise PatchError(
+            "checkpoint must hold mask logits to resume training, got a packed patch. "
+            "Resume from a checkpoint that a Trainer wrote during training."
+        )
+    for layer in held:
+        layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])
     result = {key: value for key, value in state_dict.items() if parse_file_key(key) is None}
-    names: dict[str, str] = {}
     for name, part in patch.tensors.items():
-        key, _, param_key = name.rpartition(".")
-        layer = plain[key]
-        param = next(param for param, known in layer.keys.items() if known == param_key)
-        names[name] = layer.tensor_name(param)
-        layer.install(adapter_name, param, part.indices, part.values, logits.get(name))
-        slot, live = layer.graft_patch[adapter_name], f"{_ROOT}{key}" if rooted else key
-        for kind in ("indices", "values", "logits"):
-            held = getattr(slot, f"{param_key}_{kind}", None)
-            if held is not None:
-                result[_live_key(live, adapter_name, param_key, kind)] = held.detach()
-    state = next(iter(layers.values())).states[adapter_name]
-    state.ready = True
+        place = places[name]
+        if adapter_name not in place.layer.graft_patch:
+            place.layer.add_slot(adapter_name, [place.param])
+        place.layer.install(adapter_name, place.param, part.indices, part.values, logits.get(name))
+        slot, param_key = place.slot(adapter_name), place.layer.keys[place.param]
+        for kind, live in slot.tensors(param_key).items():
+            result[place.live_key(adapter_name, kind)] = live.detach()
     if logits:
-        state.budget = state.budget or config.entries
+        register_with_trainer()
         if config.scope == "tensor" and config.density is not None:
-            state.budget = {names[name]: round(config.density * math.prod(shapes[name])) for name in logits}
-        by_tensor = {names[name]: float(value) for name, value in alphas.items()}
-        state.alpha = next(iter(by_tensor.values())) if len({*by_tensor.values()}) == 1 else by_tensor
-    elif isinstance(config.alpha, int | float | dict):
-        state.alpha = config.alpha
+            sizes = {places[name].tensor_name: math.prod(shapes[name]) for name in logits}
+            state.budget = {name: round(config.density * size) for name, size in sizes.items()}
+        else:
+            state.budget = config.entries
+    if alphas:
+        by_tensor = {places[name].tensor_name: alphas[name].item() for name in alphas}
+        config.alpha = by_tensor if len({*by_tensor.values()}) > 1 else next(iter(by_tensor.values()))
+    state.ready = config.alpha != "auto"
     return result
+
+
+def _file_key(name: str, kind: str) -> str:
+    module, _, param = name.rpartition(".")
+    return file_key(module, param, kind)
 
 
 def _read_trained(state_dict: Mapping[str, torch.Tensor], patch: Patch, kind: str) -> dict[str, torch.Tensor]:
@@ -193,7 +198,7 @@ def _read_trained(state_dict: Mapping[str, torch.Tensor], patch: Patch, kind: st
         parsed = parse_file_key(stored)
         if parsed is None or parsed[2] != kind:
             continue
-        name = f"{parsed[0]}.{parsed[1]}"
+        name = ".".join(part for part in parsed[:2] if part)
         part = patch.tensors.get(name)
         dtype, shape = (torch.float32, part and part.values.shape) if kind == "logits" else (torch.float64, (1,))
         if part is None or values.shape != shape or values.dtype != dtype or not values.isfinite().all():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
+from typing import TYPE_CHECKING
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .layer import SIDECAR, GraftLayer, own_parameters
+
+if TYPE_CHECKING:
+    from .config import GraftConfig
 
 
 def is_wrappable(module: nn.Module) -> bool:
@@ -55,7 +61,6 @@ def head_names(model: nn.Module) -> set[str]:
     heads: set[str] = set()
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    output = getattr(output, "base_layer", output)
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     for key, module in model.named_modules():
@@ -82,10 +87,16 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
     for key, module in model.named_modules():
         inner = any(key.startswith(f"{unit}.") for unit in units)
         if inner or key.endswith(SIDECAR):
+            others.append(key)
             continue
         if isinstance(module, GraftLayer | AuxiliaryTrainingWrapper):
             units.append(key)
         unit = module.get_base_layer() if isinstance(module, GraftLayer) else module
+        if parametrize.is_parametrized(unit):
+            units.append(key)
+            others.append(key)
+            skipped.append(key)
+            continue
         if not key or isinstance(module, AuxiliaryTrainingWrapper) or not is_wrappable(unit):
             own = [f"{key}.{param}" for param in unit._parameters if unit._parameters[param] is not None]
             if everything and key and own and not isinstance(module, AuxiliaryTrainingWrapper):
@@ -103,3 +114,56 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
     if skipped:
         warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.", stacklevel=2)
     return names, others, bare
+
+
+def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
+    """Name the modules and bare parameters to graft, where the user names none or says `"all"`.
+
+    Args:
+        config: The adapter's config; `target_modules` and `target_parameters` are set.
+        model: The base.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: No module can be grafted.
+    """
+    everything = config.target_modules == "all"
+    if not everything and (config.target_modules is not None or config.target_parameters is not None):
+        return config
+    names, others, bare = default_targets(model, everything)
+    wanted = [name for name in names if _is_wanted(config, name)]
+    bare = [name for name in bare if _is_wanted(config, name.rpartition(".")[0])]
+    if not wanted and not bare:
+        raise ValueError(
+            "target_modules must match a module that owns parameters, got none in this model. "
+            "Check exclude_modules and layers_to_transform, or use target_modules='all'."
+        )
+    config.target_modules = _shortened(wanted, others + [name for name in names if name not in wanted])
+    if bare:
+        config.target_parameters = sorted({*(config.target_parameters or []), *bare})
+    return config
+
+
+def _is_wanted(config: GraftConfig, key: str) -> bool:
+    """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` let a module be grafted."""
+    probe = copy.copy(config)
+    probe.target_modules = {key}
+    if not check_target_module_exists(probe, key):
+        return False
+    probe.exclude_modules = None
+    # PEFT does not look at the layers of a full match, only of a suffix.
+    return bool(check_target_module_exists(probe, f".{key}"))
+
+
+def _shortened(names: list[str], others: list[str]) -> set[str] | str:
+    """Suffixes that match these modules and no others, or a regular expression where there are none."""
+    short = _find_minimal_target_modules(names, others) if names and others else set(names)
+
+    def matches(key: str) -> bool:
+        return key in short or any(key.endswith(f".{suffix}") for suffix in short)
+
+    if all(matches(key) for key in names) and not any(matches(key) for key in others):
+        return short
+    return "|".join(re.escape(key) for key in names)

@@ -1,0 +1,81 @@
+"""DonorHead: a module taken whole from the donor, such as a task head, and kept frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..deltas import Donor, ZerosDonor, resolve_names, stream
+
+
+class DonorHead(ModulesToSaveWrapper):
+    """PEFT's wrapper of a module to save, where copies hold the donor's values and stay frozen whatever PEFT does."""
+
+    frozen: set[str]
+
+    def freeze(self) -> None:
+        """Freeze the copies that hold the donor's values."""
+        for adapter_name in self.frozen & self.modules_to_save.keys():
+            self.modules_to_save[adapter_name].requires_grad_(False)
+
+    def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make a copy for an adapter."""
+        super().update(adapter_name, *args, **kwargs)
+        self.freeze()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the copies and the base's own module."""
+        super().enable_adapters(enabled)
+        self.freeze()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the active copy."""
+        super().set_adapter(*args, **kwargs)
+        self.freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Set what trains, but never a copy that holds the donor's values."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.freeze()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Forget the copy of an adapter."""
+        self.frozen.discard(adapter_name)
+        super().delete_adapter(adapter_name, new_active_adapters)
+
+
+def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
+    """Fill an adapter's `modules_to_save` with the donor's values and freeze them.
+
+    Modules of which the donor lacks parameters keep the base's values and stay trainable.
+
+    Args:
+        model: The base, with the adapter in it.
+        adapter_name: Name of the adapter.
+        donor: The donor; `"zeros"` has no heads.
+
+    Raises:
+        DonorError: The donor's head has other shapes.
+    """
+    if isinstance(donor, ZerosDonor):
+        return
+    held = set(donor.names())
+    for key, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        copies = {f"{key}.{name}": value for name, value in module.modules_to_save[adapter_name].named_parameters()}
+        if not copies.keys() <= held:
+            continue
+        base = {name: value.detach() for name, value in copies.items()}
+        names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
+        for _, before, after in stream(base, donor, names):
+            before.copy_(after)
+        if not isinstance(module, DonorHead):
+            # PEFT has made the wrapper already; as a subclass it keeps its copies, and PEFT still knows it.
+            module.__class__ = DonorHead
+            module.frozen = set()
+        module.frozen.add(adapter_name)
+        module.freeze()

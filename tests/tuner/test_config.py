@@ -1,0 +1,120 @@
+"""GraftConfig: every field is checked at once, and a config survives JSON, copying and saving."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+
+from models import perturbed, tiny_bert
+from peft_graft import RULES, DonorError, GraftConfig
+from peft_graft.deltas import ModuleDonor
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, r"density must be in \(0, 1\], got 0\."),
+        ({"density": 1.5}, r"density must be in \(0, 1\], got 1\.5"),
+        ({"density": True}, r"density must be in \(0, 1\], got True"),
+        ({"density": float("nan")}, r"density must be in \(0, 1\], got nan"),
+        ({"num_params": 0}, "num_params must be an integer >= 1, got 0"),
+        ({"num_params": 2.5}, r"num_params must be an integer >= 1, got 2\.5"),
+        ({"density": 0.1, "num_params": 5}, r"density and num_params must not both be given, got 0\.1 and 5"),
+        ({"donor": 3}, "donor must be a directory, a Hub id, a module or 'zeros', got 3"),
+        ({"selection": "best"}, r"selection must be one of \['fisher'.*got 'best'"),
+        ({"scope": "layer"}, r"scope must be one of \['global', 'tensor'\], got 'layer'"),
+        ({"scope": "tensor", "num_params": 5}, "scope must be 'global' with num_params or a coarser granularity"),
+        (
+            {"scope": "tensor", "granularity": "layer"},
+            "scope must be 'global' with num_params or a coarser granularity",
+        ),
+        ({"scope": "tensor", "selection": "sigmoid"}, "scope must be 'global' with selection='sigmoid', got 'tensor'"),
+        ({"granularity": "row"}, r"granularity must be one of \['entry', 'tensor', 'layer'\], got 'row'"),
+        ({"granularity": "layer", "selection": "learned"}, "granularity must be 'entry' with selection='learned'"),
+        ({"granularity": "tensor", "selection": "sigmoid"}, "granularity must be 'entry' with selection='sigmoid'"),
+        ({"candidates": 0.5}, r"candidates must be a number >= 1, got 0\.5"),
+        ({"alpha": "best"}, "alpha must be a finite number, numbers by tensor name, or 'auto', got 'best'"),
+        ({"alpha": float("inf")}, "alpha must be a finite number"),
+        ({"alpha": {"a": "b"}}, "alpha must be a finite number"),
+        ({"alpha_scope": "layer"}, r"alpha_scope must be one of \['global', 'tensor'\], got 'layer'"),
+        ({"seed": 1.5}, r"seed must be an integer, got 1\.5"),
+    ],
+    ids=str,
+)
+def test_a_field_out_of_range_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GraftConfig(**options)
+
+
+def test_all_offenders_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"density .*candidates .*seed "):
+        GraftConfig(density=2, candidates=0, seed="x")
+
+
+def test_the_type_is_graft() -> None:
+    assert GraftConfig().peft_type.value == "GRAFT"
+
+
+@pytest.mark.parametrize("selection", sorted(RULES))
+def test_who_needs_data_says_so(selection: str) -> None:
+    free = {"magnitude", "random", "learned"}
+    assert GraftConfig(selection=selection).needs_data is (selection not in free)
+    assert GraftConfig(selection=selection, alpha="auto").needs_data is True
+
+
+def test_a_config_survives_saving(tmp_path: Path) -> None:
+    config = GraftConfig(
+        donor="org/donor",
+        donor_revision="main",
+        num_params=7,
+        selection="learned",
+        alpha={"a.weight": 2.0, "b.bias": -1.0},
+        target_modules=["query", "dense"],
+        exclude_modules=["pooler"],
+        layers_to_transform=[0, 1],
+        candidates=3,
+        seed=5,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is GraftConfig
+    assert loaded.to_dict() == config.to_dict() | {"peft_version": loaded.peft_version}
+    assert loaded.target_modules == {"query", "dense"}
+
+
+def test_the_json_is_the_same_for_every_order_of_the_names(tmp_path: Path) -> None:
+    for name, modules in (("one", ["b", "a", "c"]), ("two", ["c", "b", "a"])):
+        GraftConfig(target_modules=modules, exclude_modules=modules).save_pretrained(tmp_path / name)
+    texts = [(tmp_path / name / "adapter_config.json").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1] and json.loads(texts[0])["target_modules"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("donor", [None, "zeros", "org/donor", Path("some/where")], ids=str)
+def test_a_donor_by_name_is_recorded(donor: object) -> None:
+    assert GraftConfig(donor=donor).to_dict()["donor"] == (None if donor is None else str(donor))
+
+
+def test_a_donor_in_memory_is_recorded_by_its_name() -> None:
+    donor = perturbed(tiny_bert())
+    config = GraftConfig(donor=donor)
+    assert config.to_dict()["donor"] == "BertForSequenceClassification"
+    assert GraftConfig(donor=ModuleDonor(donor)).to_dict()["donor"] == "BertForSequenceClassification"
+    assert config.donor is donor
+    json.dumps(config.to_dict())
+
+
+def test_something_like_a_donor_is_refused_when_it_is_opened() -> None:
+    config = GraftConfig(donor={"a": 1})
+    with pytest.raises(DonorError, match="got dict"):
+        config.to_dict()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_config_can_be_copied(how: object) -> None:
+    config = GraftConfig(donor="zeros", density=0.1, target_modules=["a"])
+    assert how(config) == config

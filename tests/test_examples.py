@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             optimizer="adamw",
             learning_rate=5e-3,
             epochs=30,
-                batch_size=16,
+            batch_size=16,
             output_dir=str(root / "made"),
         )  # fmt: skip
     )

@@ -39,9 +39,9 @@ def mean(rows: Rows, column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def spread(values: list[float]) -> float:
-    """Standard deviation; 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def spread(rows: Rows, column: str) -> str:
+    """Standard deviation of a column; nothing for a single row."""
+    return f" ± {statistics.stdev(float(row[column]) for row in rows):.4f}" if len(rows) > 1 else ""
 
 
 def share(row: dict[str, str]) -> float:
@@ -68,8 +68,7 @@ def table(rows: Rows) -> str:
     """Markdown table of all points."""
     lines = []
     for optimizer in sorted({row["optimizer"] for row in rows}):
-        ends = {row["donor"]: row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"}
-        donors = list(ends.values())
+        donors = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
         lines += [
             f"\n**{optimizer} donors** ({len(donors)} seeds): accuracy {mean(donors, 'accuracy'):.4f} "
             f"(base {mean(donors, 'base_accuracy'):.4f}), ECE {mean(donors, 'ece'):.3f}, "
@@ -81,10 +80,10 @@ def table(rows: Rows) -> str:
             if kind != optimizer:
                 continue
             alphas = [float(row["alpha"]) for row in found]
-            alpha = "1" if mode == "1" else f"auto ({min(alphas):.3g} ... {max(alphas):.3g})"
+            ends = sorted({f"{min(alphas):.3g}", f"{max(alphas):.3g}"}, key=float)
+            alpha = "1" if mode == "1" else f"auto ({' ... '.join(ends)})"
             lines.append(
-                f"| {density:.0e} | {rule} | {alpha} | {mean(found, 'accuracy'):.4f} ± "
-                f"{spread([float(row['accuracy']) for row in found]):.4f} | "
+                f"| {density:.0e} | {rule} | {alpha} | {mean(found, 'accuracy'):.4f}{spread(found, 'accuracy')} | "
                 f"{statistics.fmean(map(share, found)):.1%} | {statistics.fmean(map(gain, found)):.0%} | "
                 f"{mean(found, 'ece'):.3f} | {mean(found, 'loss'):.4f} | {mean(found, 'agreement'):.3f} | "
                 f"{len(found)} | {mean(found, 'seconds'):.0f} |"

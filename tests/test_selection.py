@@ -201,6 +201,13 @@ def test_scope_tensor_needs_a_density_of_entries(options: dict[str, object]) -> 
         select(named([[1.0, 2.0]]), {"t0": 2}, scope="tensor", **options)
 
 
+def test_a_density_that_is_enough_in_total_but_in_no_tensor_is_refused() -> None:
+    scored = named([[1.0] * 3, [2.0] * 3])
+    with pytest.raises(SelectionError, match="at least one entry in some tensor, got 0.1. Raise it or use scope"):
+        select(scored, sizes_of(scored), density=0.1, scope="tensor")
+    assert as_lists(select(scored, sizes_of(scored), density=0.1)) == {"t1": [0]}
+
+
 def test_a_nan_score_is_refused_by_name() -> None:
     scored = named([[1.0], [float("nan"), 1.0]])
     for granularity in ("entry", "tensor"):

@@ -8,7 +8,7 @@ import peft
 from peft.tuners import tuners_utils
 from peft.utils.peft_types import PeftType
 
-SUPPORTED = ">=0.20"
+SUPPORTED = ">=0.21"
 _NAME = "GRAFT"
 
 
@@ -36,6 +36,8 @@ def check_peft() -> None:
     needed = {
         "BaseTuner._replace_module": hasattr(base, "_replace_module"),
         "BaseTuner._inject_parameters": hasattr(base, "_inject_parameters"),
+        "BaseTuner._get_adapter_state_dict": hasattr(base, "_get_adapter_state_dict"),
+        "BaseTuner._remap_adapter_state_dict_for_load": hasattr(base, "_remap_adapter_state_dict_for_load"),
         "BaseTuner._prepare_adapter_config": hasattr(base, "_prepare_adapter_config"),
         "BaseTuner.inject_adapter(state_dict=)": "state_dict" in inspect.signature(base.inject_adapter).parameters,
         "BaseTunerLayer._move_adapter_to_device_of_base_layer": hasattr(layer, "_move_adapter_to_device_of_base_layer"),

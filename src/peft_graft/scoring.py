@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -40,17 +41,6 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
             "Include labels, or pass loss_fn=lambda model, batch: ..."
         )
     return loss
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch (mapping, sequence or tensor) to a device."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def batch_size(batch: Any) -> int:
@@ -116,7 +106,7 @@ class _Measurer:
             parameter.requires_grad_(True)
         for batch in self.batches:
             size = batch_size(batch)
-            loss = self.loss_fn(self.model, to_device(batch, next(iter(self.parameters.values())).device))
+            loss = self.loss_fn(self.model, send_to_device(batch, next(iter(self.parameters.values())).device))
             (loss * (1 if each else size / self.total)).backward()
             if each:
                 each(size)
@@ -185,7 +175,7 @@ class _Measurer:
         try:
             with torch.no_grad(), self._bar("norm of the inputs") as bar:
                 for batch in self.batches:
-                    self.loss_fn(self.model, to_device(batch, next(iter(self.parameters.values())).device))
+                    self.loss_fn(self.model, send_to_device(batch, next(iter(self.parameters.values())).device))
                     bar.update()
         finally:
             for handle in hooks:
@@ -278,7 +268,7 @@ def mean_loss(model: nn.Module, batches: list[Any], loss_fn: LossFn) -> float:
     with torch.no_grad():
         for batch in batches:
             size = batch_size(batch)
-            total += float(loss_fn(model, to_device(batch, device))) * size
+            total += float(loss_fn(model, send_to_device(batch, device))) * size
             count += size
     return total / max(count, 1)
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .scoring import LossFn, batch_size, default_loss, mean_loss, measure, to_device
+from .scoring import LossFn, batch_size, default_loss, mean_loss, measure
 from .selection import get_rule
 from .tuner import GraftModel
 
@@ -251,7 +252,7 @@ def _fit_per_tensor(
         loss_sum, logs.grad = 0.0, torch.zeros_like(logs)
         for batch in batches:
             state.trial = dict(zip(names, logs.exp().unbind(), strict=True))
-            loss = loss_fn(model, to_device(batch, device)) * (batch_size(batch) / total)
+            loss = loss_fn(model, send_to_device(batch, device)) * (batch_size(batch) / total)
             logs.grad += torch.autograd.grad(loss, logs)[0]  # and nobody else's: a head may train with the mask
             loss_sum += float(loss.detach())
         bar.update()

@@ -112,6 +112,24 @@ def test_the_order_of_adapters_does_not_matter() -> None:
         assert_same(other, weights[0])
 
 
+def test_the_mean_of_three_does_not_depend_on_rounding() -> None:
+    base = nn.Sequential(nn.Linear(1, 1, bias=False))
+    values = {"x": 1e20, "y": -1e20, "z": 1.0}  # 0 or 1/3, as the sum begins with "z" or ends with it
+    model = None
+    for name, value in values.items():
+        donor = copy.deepcopy(base)
+        nn.init.constant_(donor[0].weight, value)
+        if model is None:
+            model = graft(base, donor, adapter_name=name, density=1.0)
+        else:
+            model.add_adapter(name, GraftConfig(donor=donor, density=1.0))
+    found = set()
+    for order in permutations(values):
+        model.base_model.set_adapter(list(order))
+        found.add(model.base_model.model[0].weight.item())
+    assert len(found) == 1
+
+
 def test_merging_one_after_the_other_is_merging_both() -> None:
     base = MLP()
     model = several(base, density=0.7, count=2)
@@ -258,6 +276,22 @@ def test_a_failed_addition_leaves_the_head_alone() -> None:
     assert list(model.base_model.model.classifier.modules_to_save) == ["default"]
 
 
+def test_a_head_is_frozen_for_the_adapter_whose_donor_has_one() -> None:
+    base = tiny_bert()
+    model = graft(base, perturbed(base), density=0.1, task_type="SEQ_CLS")
+    headless = GraftConfig(donor=perturbed(base).bert, density=0.1, task_type="SEQ_CLS")
+    model.add_adapter("x", headless)
+    model.set_adapter("x")
+    assert len([p for p in model.parameters() if p.requires_grad]) == 2
+    model.set_adapter("default")
+    assert not [p for p in model.parameters() if p.requires_grad]
+    with pytest.warns(UserWarning, match="Setting active adapter to x"):
+        model.delete_adapter("default")
+    model.add_adapter("default", GraftConfig(donor=perturbed(base).bert, density=0.1, task_type="SEQ_CLS"))
+    model.set_adapter("default")
+    assert len([p for p in model.parameters() if p.requires_grad]) == 2
+
+
 def test_each_adapter_has_the_head_of_its_donor() -> None:
     base = tiny_bert()
     one, two, _ = donors(base)
@@ -278,8 +312,14 @@ def test_a_refused_file_does_not_stand_in_the_way_of_the_right_one(tmp_path: Pat
     wanted = output(PeftModel.from_pretrained(tiny_bert(), tmp_path / "right"), inputs(base))
     with pytest.raises(PatchError, match="base must be"):
         PeftModel.from_pretrained(base, tmp_path / "wrong")
-    with pytest.warns(UserWarning, match="(second time|peft_config)"):
-        model = PeftModel.from_pretrained(base, tmp_path / "right")
+    model = PeftModel.from_pretrained(base, tmp_path / "right")
+    assert same_bits(output(model, inputs(base)), wanted)
+    with pytest.raises(PatchError, match="base must be"):
+        model.load_adapter(tmp_path / "wrong", "second")
+    assert list(model.peft_config) == ["default"]
+    assert same_bits(output(model, inputs(base)), wanted)
+    model.load_adapter(tmp_path / "right", "second")
+    model.set_adapter("second")
     assert same_bits(output(model, inputs(base)), wanted)
 
 

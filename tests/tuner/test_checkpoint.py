@@ -10,13 +10,15 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as trainer_module
 
 from grafts import graft, held, output, same_bits
 from models import inputs, tiny_bert
 from peft_graft import AlphaCallback, GraftConfig, PatchError, fit_alpha
+from peft_graft.tuner.checkpoint import MaskCheckpoint
 
 
 class Rows(torch.utils.data.Dataset):
@@ -178,6 +180,18 @@ def test_a_checkpoint_can_be_loaded_like_any_adapter_and_trained_on(scope: str, 
     assert kinds(tmp_path / "packed") == {"indices", "values"}
 
 
+def test_a_process_that_only_loads_a_checkpoint_writes_such_checkpoints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(learner(), tmp_path, steps=2).train()
+    defaults = [callback for callback in trainer_module.DEFAULT_CALLBACKS if callback is not MaskCheckpoint]
+    monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", defaults)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "checkpoint-2", is_trainable=True)
+    assert trainer_module.DEFAULT_CALLBACKS.count(MaskCheckpoint) == 1
+    trainer(loaded, tmp_path / "on", steps=2).train()
+    assert "logits" in kinds(tmp_path / "on" / "checkpoint-2")
+
+
 def test_training_cannot_resume_from_a_packed_patch(tmp_path: Path) -> None:
     model = learner()
     model.save_pretrained(tmp_path)
@@ -196,8 +210,6 @@ def test_training_cannot_resume_from_a_packed_patch(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_tensor(kind: str, change: Any, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     trainer(learner(), tmp_path, steps=2).train()
     path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
     stored = load_file(path)

@@ -137,6 +137,16 @@ def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
         assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
 
+def test_loading_over_an_adapter_replaces_all_of_it(tmp_path: Path) -> None:
+    base = tiny_bert()
+    small = graft(base, perturbed(base, seed=5), num_params=3)
+    small.save_pretrained(tmp_path)
+    model = graft(base, perturbed(base), density=0.05)
+    model.load_adapter(tmp_path, "default")
+    assert held(model) == held(small)
+    assert same_bits(output(model, inputs(base)), output(small, inputs(base)))
+
+
 def test_low_cpu_mem_usage_loads_the_same(tmp_path: Path) -> None:
     wanted = saved(tmp_path, target_modules="all")
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path, low_cpu_mem_usage=True)
@@ -221,9 +231,10 @@ def test_a_head_of_another_size_is_refused() -> None:
 def test_another_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     saved(tmp_path)
     other = tiny_bert(seed=3)
-    alone = output(other, inputs(other))
+    alone, names = output(other, inputs(other)), list(other.state_dict())
     with pytest.raises(PatchError, match="base must be the model that this patch was made for"):
         PeftModel.from_pretrained(other, tmp_path)
+    assert list(other.state_dict()) == names
     assert same_bits(output(other, inputs(other)), alone)
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from grafts import graft, held, output, same_bits
+from grafts import MLP, graft, held, output, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_roberta, tiny_t5, tiny_vit
 from peft_graft import GraftConfig
 from peft_graft.tuner import GraftLayer, GraftLinear
@@ -100,6 +100,12 @@ def test_excluded_modules_are_left_alone(excluded: object, targets: str | None) 
     left_out = () if targets else ("_embeddings.", "classifier.")
     assert targeted(model) == names(base, ".query.", "embeddings.LayerNorm", *left_out)
     assert not isinstance(model.base_model.model.bert.encoder.layer[0].attention.self.query, GraftLayer)
+
+
+def test_an_expression_that_excludes_nothing_excludes_nothing() -> None:
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        model = graft(MLP(), "zeros", density=0.5, exclude_modules=r".*\.(first|second)")
+    assert targeted(model) == names(MLP())
 
 
 def test_excluded_bare_parameters_are_left_alone() -> None:

@@ -21,11 +21,6 @@ class DonorHead(ModulesToSaveWrapper):
         for adapter_name in self.frozen & self.modules_to_save.keys():
             self.modules_to_save[adapter_name].requires_grad_(False)
 
-    def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Make a copy for an adapter."""
-        super().update(adapter_name, *args, **kwargs)
-        self.freeze()
-
     def enable_adapters(self, enabled: bool) -> None:
         """Switch between the copies and the base's own module."""
         super().enable_adapters(enabled)

@@ -195,6 +195,12 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
         An instance attribute shadows a registered parameter; unlike functional_call this also holds under FSDP.
         """
+        for name in self.active_adapters:
+            if name in self.graft_patch and self.states[name].awaits_file:
+                raise RuntimeError(
+                    f"adapter {name!r} must be loaded from its file before it runs, got none of its tensors. "
+                    "Load it with PeftModel.from_pretrained, or with load_adapter of a PeftModel."
+                )
         base, shadowed = self.get_base_layer(), []
         try:
             for param in self.keys:

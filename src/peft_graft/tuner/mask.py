@@ -89,6 +89,7 @@ class GraftState:
         self.config = config
         self.budget = budget
         self.trial: float | dict[str, torch.Tensor] | None = None  # the alpha that a fit is looking at
+        self.awaits_file = False  # whether the patch is still to come from a file
         self.ready = False  # whether the patch is complete, so that it may be saved
         self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self._members: dict[str, tuple[Slot, str]] = {}

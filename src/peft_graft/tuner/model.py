@@ -72,6 +72,7 @@ class GraftModel(BaseTuner):
         if config.density is None and config.num_params is None and not from_file:
             resolve_budget(1, None, None)
         self.states[adapter_name] = GraftState(config)
+        self.states[adapter_name].awaits_file = from_file
         with ExitStack() as undo:
             undo.callback(self._undo_injection, adapter_name, {p: p.requires_grad for p in model.parameters()})
             super().inject_adapter(
@@ -88,8 +89,8 @@ class GraftModel(BaseTuner):
 
     def _undo_injection(self, adapter_name: str, gradients: dict[nn.Parameter, bool]) -> None:
         """Make the model what it was before an injection that failed."""
-        self.states.pop(adapter_name, None)
-        self.donors.pop(adapter_name, None)
+        for held in (self.states, self.donors, self.peft_config):
+            held.pop(adapter_name, None)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for module in modules.values():
             if isinstance(module, GraftLayer) and adapter_name in module.graft_patch:
@@ -102,6 +103,8 @@ class GraftModel(BaseTuner):
                 self._replace_module(modules[parent], name, module.get_base_layer(), module)
             elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
                 setattr(modules[parent], name, module.original_module)
+        if not self.states:
+            self.model.__dict__.pop("peft_config", None)
         for parameter, requires_grad in gradients.items():
             parameter.requires_grad_(requires_grad)
 
@@ -380,7 +383,13 @@ class GraftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: GraftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return storage.unpack(model, config, adapter_name, state_dict)
+        with ExitStack() as undo:
+            for tuner in model.modules():
+                if isinstance(tuner, cls) and tuner.states[adapter_name].awaits_file:
+                    undo.callback(tuner._undo_injection, adapter_name, {})
+            result = storage.unpack(model, config, adapter_name, state_dict)
+            undo.pop_all()
+        return result
 
 
 def _count(budget: int | dict[str, int] | None) -> int:

@@ -182,6 +182,7 @@ def unpack(
     if alphas:
         by_tensor = {places[name].tensor_name: alphas[name].item() for name in alphas}
         config.alpha = by_tensor if len({*by_tensor.values()}) > 1 else next(iter(by_tensor.values()))
+    state.awaits_file = False
     state.ready = config.alpha != "auto"
     return result
 

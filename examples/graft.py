@@ -178,10 +178,13 @@ def run(args: GraftArguments) -> dict[str, Any]:
                 train=args.train, validation=args.validation, max_train_samples=2048, optimizer="adamw", seed=args.seed,
                 output_dir=args.output_dir, **columns,
             )  # fmt: skip
+            print("making the donor: a linear probe of the head, then fine-tuning ...", flush=True)
             make_donor(donor_args)
+            if state.is_main_process:
+                (out / "metrics.json").rename(out / "donor_metrics.json")
             state.wait_for_everyone()
         args.base, args.donor = str(out / "base"), str(out / "donor")
-        skip += 2048  # the donor's own rows
+        skip = args.skip_train_samples = skip + 2048  # the donor's own rows
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     base = AutoModelForSequenceClassification.from_pretrained(args.base)
     names = [base.config.id2label[index] for index in range(base.config.num_labels)]
@@ -208,6 +211,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
     scores["donor"] = tasks.measure(donor_logits, labels)
     del donor
 
+    if state.is_main_process:
+        print(f"grafting: {args.selection} mask, alpha {args.alpha} ...", flush=True)
     started = time.perf_counter()
     model = fit(base, args.donor, tokenizer, train, calibration, args)
     seconds = time.perf_counter() - started
@@ -254,7 +259,7 @@ def table(report: dict[str, Any]) -> str:
     alpha = f"{report['alpha']:.3g}" if isinstance(report["alpha"], float | int) else "one per tensor"
     gain = "" if report["share_of_gain"] is None else f" and {report['share_of_gain']:.1%} of its gain over the base"
     lines += [
-        f"\nThe graft keeps {report['share_of_accuracy']:.1%} of the donor's accuracy{gain}",
+        f"\nThe graft reaches {report['share_of_accuracy']:.1%} of the donor's accuracy{gain}",
         f"with {report['entries']:,} of {report['eligible']:,} entries "
         f"({report['entries'] / report['eligible']:.4%}), {report['bytes'] / 1024:.1f} KiB on disk, alpha {alpha}, "
         f"found in {report['seconds']:.0f} s.",

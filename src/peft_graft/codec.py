@@ -94,7 +94,9 @@ def broken(what: str, constraint: str, got: str, where: str) -> PatchError:
         The error, for the caller to raise.
     """
     place = f" in {where!r}" if where else ""
-    return PatchError(f"{what} must be {constraint}, got {got}{place}. Make the patch again, or download it again.")
+    return PatchError(
+        f"{what} must be {constraint}, got {got}{place}. Load it onto the base it was made for, or download it again."
+    )
 
 
 def check_indices(indices: torch.Tensor, numel: int, where: str) -> None:

@@ -137,7 +137,7 @@ def resolve_budget(total: int, density: float | None, num_params: int | None) ->
     if (density is None) == (num_params is None):
         raise SelectionError(
             f"exactly one of density and num_params must be given, got density={density!r} and "
-            f"num_params={num_params!r}. Leave the other one out."
+            f"num_params={num_params!r}. Give one of them."
         )
     if num_params is not None:
         if isinstance(num_params, bool) or not isinstance(num_params, int) or not 1 <= num_params <= total:

@@ -55,21 +55,30 @@ def batch_size(batch: Any) -> int:
 
 
 @contextmanager
-def scoring_mode(model: nn.Module, tuner: GraftModel) -> Iterator[None]:
-    """Evaluation mode with the grafts off; afterwards every mode and `requires_grad` is as before."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    enabled = {layer: layer.disable_adapters for layer in tuner._layers()}
     try:
         model.eval()
-        for parameter in gradients:
-            parameter.requires_grad_(False)
-        for layer in enabled:
-            layer._disable_adapters = True
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def scoring_mode(model: nn.Module, tuner: GraftModel) -> Iterator[None]:
+    """Evaluation mode with the grafts off; afterwards every mode and `requires_grad` is as before."""
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    enabled = {layer: layer.disable_adapters for layer in tuner._layers()}
+    try:
+        for parameter in gradients:
+            parameter.requires_grad_(False)
+        for layer in enabled:
+            layer._disable_adapters = True
+        with evaluating(model):
+            yield
+    finally:
         for layer, disabled in enabled.items():
             layer._disable_adapters = disabled
         for parameter, requires_grad in gradients.items():

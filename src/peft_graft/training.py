@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .scoring import LossFn, batch_size, default_loss, mean_loss, measure
+from .scoring import LossFn, batch_size, default_loss, evaluating, mean_loss, measure
 from .selection import get_rule
 from .tuner import GraftModel
 
@@ -261,18 +260,6 @@ def _fit_per_tensor(
         optimizer.step()
     alphas = dict(zip(names, best.exp().tolist(), strict=True))
     return AlphaFit(alphas, best_loss, start.loss_at_one, start.passes + 3 * _TENSOR_STEPS)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Evaluation mode inside, every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class AlphaCallback(TrainerCallback):

@@ -341,9 +341,3 @@ def MLP_like(model: nn.Module) -> MLP:
     state = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
     plain.load_state_dict({key: value for key, value in state.items() if "graft_patch" not in key})
     return plain
-
-
-def test_adapters_per_row_are_not_offered() -> None:
-    base = MLP()
-    with pytest.raises(ValueError, match=r"adapter_names must be None for a graft, got \['x', 'y'\]"):
-        several(base, density=0.5)(X, adapter_names=["x", "y"])

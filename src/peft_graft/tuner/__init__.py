@@ -5,8 +5,9 @@ from peft.utils import register_peft_method
 
 from .._register import GRAFT
 from .config import GraftConfig
-from .layer import GraftLayer, GraftLinear, Sidecar
+from .layer import GraftLayer, GraftLinear
 from .model import GraftModel
+from .sidecar import Sidecar
 
 __all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "Sidecar"]
 

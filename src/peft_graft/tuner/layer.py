@@ -1,4 +1,4 @@
-"""GraftLayer: a module whose parameters carry a patch, and Sidecar, the same for parameters of a parent module."""
+"""GraftLayer: a module whose parameters carry a patch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .mask import GraftState, Slot
-
-SIDECAR = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
+from .rows import BASE, OnlyMetadata, run_by_row
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -37,6 +36,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("graft_patch",)
     other_param_names: tuple[str, ...] = ()
+    has_rows = True  # whether the rows of a batch may have different patches
 
     def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
         super().__init__()
@@ -53,6 +53,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
+        self.rows: list[str] | None = None  # the adapter of each row of the batch, while they differ
 
     # Structure
 
@@ -177,12 +178,18 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         total, count = (empty.index_add(0, where, part) for part in (values.double() * weights, weights))
         return indices, (total / count).to(values.dtype)
 
-    def effective(self, param: str) -> torch.Tensor | None:
-        """The parameter with the active patches on it, or None where that is the base's own."""
+    def has_entries(self, adapter_name: str, param: str) -> bool:
+        """Whether an adapter patches this parameter."""
+        owner, owned = self.aliases.get(param, (self, param))
+        return adapter_name in owner.graft_patch and owner.keys[owned] in owner.slot(adapter_name).params
+
+    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
+        """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
         owner, owned = self.aliases.get(param, (self, param))
         if owner.merged or owner.disable_adapters:
             return None
-        found = owner.joint_entries(owner.active_adapters, owned, training=self.training)
+        names = owner.active_adapters if adapter_names is None else adapter_names
+        found = owner.joint_entries(names, owned, training=self.training)
         if found is None:
             return None
         base = self.base_parameter(param)
@@ -190,12 +197,12 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         return base.reshape(-1).index_put((indices,), values).view(base.shape)
 
     @contextmanager
-    def patched(self) -> Iterator[None]:
-        """Let the wrapped module see patched parameters.
+    def patched(self, adapter_names: list[str] | None = None) -> Iterator[None]:
+        """Let the wrapped module see parameters patched by these adapters; None for the active ones.
 
         An instance attribute shadows a registered parameter; unlike functional_call this also holds under FSDP.
         """
-        for name in self.active_adapters:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.graft_patch and self.states[name].awaits_file:
                 raise RuntimeError(
                     f"adapter {name!r} must be loaded from its file before it runs, got none of its tensors. "
@@ -204,7 +211,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         base, shadowed = self.get_base_layer(), []
         try:
             for param in self.keys:
-                tensor = self.effective(param)
+                tensor = self.effective(param, adapter_names)
                 if tensor is not None:
                     module, _, name = param.rpartition(".")
                     owner = base.get_submodule(module)
@@ -221,7 +228,14 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
+        if self.rows is not None:
+            names = [name if any(self.has_entries(name, param) for param in self.keys) else BASE for name in self.rows]
+            return run_by_row(self._run, names, args, kwargs, self.tensor_prefix)
         with self.patched():
+            return self.base_layer(*args, **kwargs)
+
+    def _run(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with self.patched([adapter_name]):
             return self.base_layer(*args, **kwargs)
 
     # Merging
@@ -277,6 +291,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _read(self, param: str) -> torch.Tensor:
+        if self.rows is not None and any(self.has_entries(name, param) for name in self.rows):
+            return self.base_parameter(param).as_subclass(OnlyMetadata)
         # Tied names must stay the parameter itself, or tie_weights would tie a copy.
         patched = None if param in self.tied else self.effective(param)
         return self.base_parameter(param) if patched is None else patched
@@ -335,62 +351,6 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
 class GraftLinear(GraftLayer):
     """GraftLayer of a linear module: its class name lets `target_modules="all-linear"` find it again."""
-
-
-class Sidecar(GraftLayer):
-    """Patch bare parameters of a module that has submodules: a child that acts through the parent's forward hooks."""
-
-    def __init__(self, parent: nn.Module, name: str, states: dict[str, GraftState]) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["parent"] = parent  # not registered: the parent already contains this module
-        self._setup(name, states)
-        self._open: list[Any] = []
-        self._hooks = [
-            parent.register_forward_pre_hook(self._enter),
-            parent.register_forward_hook(self._leave, always_call=True),
-        ]
-
-    def get_base_layer(self) -> nn.Module:
-        """The parent module whose parameters are patched."""
-        return self.__dict__["parent"]
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        context = self.patched()
-        context.__enter__()
-        self._open.append(context)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._open:
-            self._open.pop().__exit__(None, None, None)
-
-    def detach_from_parent(self) -> None:
-        """Remove the hooks and this module from the parent."""
-        for hook in self._hooks:
-            hook.remove()
-        delattr(self.get_base_layer(), SIDECAR)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Merge or unmerge; the caller then removes this module."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not called: the parent's forward is patched through its hooks."""
-        raise RuntimeError("a Sidecar has no forward of its own. Call the module that contains it.")
-
-    def __getattr__(self, name: str) -> Any:
-        """Like any module: nothing is forwarded, or the parent would be searched through its own child."""
-        return nn.Module.__getattr__(self, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sidecar:
-        """Copy along with the parent, whose hooks are copied with it."""
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
-        return clone
 
 
 def scaled(base: torch.Tensor, donor: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from . import storage
 from .checkpoint import register_with_trainer
 from .config import GraftConfig
 from .heads import graft_heads
-from .layer import SIDECAR, GraftLayer, GraftLinear, Sidecar
+from .layer import GraftLayer, GraftLinear
 from .mask import GraftState
+from .mixed import rows_of
+from .sidecar import SIDECAR, Sidecar
 from .targets import is_wrappable, refuse, resolve_targets
 
 Target = tuple[GraftLayer, str]
@@ -355,12 +357,9 @@ class GraftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names must be None for a graft, got {kwargs['adapter_names']!r}. "
-                "Switch with set_adapter, one adapter for the whole batch."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else rows_of(self.model, list(self._layers()), names):
+            yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and what its layers share."""

@@ -12,7 +12,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .layer import SIDECAR, GraftLayer, own_parameters
+from .layer import GraftLayer, own_parameters
+from .sidecar import SIDECAR
 
 if TYPE_CHECKING:
     from .config import GraftConfig

@@ -1,6 +1,7 @@
 # `make` alone lists what there is. Everything runs in its own virtual environment, made on first use.
 
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := src tests examples benchmarks
@@ -15,19 +16,19 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test style quality bench clean
+.PHONY: help install demo test lowest style quality bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make the environment (every other target does so by itself)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv and ensurepip was found." \
 		"Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## Make a donor on the built-in task, graft its skill, reload it; offline, results in demo_out/
@@ -35,6 +36,9 @@ demo: $(STAMP) ## Make a donor on the built-in task, graft its skill, reload it;
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 2" for two at a time, "-m slow" for the slow ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lowest: ## Run the tests with the lowest supported versions of the Hugging Face packages, in an environment of their own
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 style: $(STAMP) ## Put the code into house style
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -50,5 +54,5 @@ bench: $(STAMP) ## Run every script in benchmarks/
 		if [ -f "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; done
 
 clean: ## Remove the environment, the demo's results and all caches
-	rm -rf $(VENV) demo_out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest demo_out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,11 +62,6 @@ def test_registering_again_changes_nothing() -> None:
     ("owner", "name", "missing"),
     [
         (tuners_utils.BaseTuner, "_replace_module", "BaseTuner._replace_module"),
-        (
-            tuners_utils.BaseTuner,
-            "_remap_adapter_state_dict_for_load",  # came with 0.21; without it, files are neither packed nor checked
-            "BaseTuner._remap_adapter_state_dict_for_load",
-        ),
         (tuners_utils, "check_adapters_to_merge", "tuners_utils.check_adapters_to_merge"),
     ],
 )
@@ -76,7 +71,7 @@ def test_a_peft_without_what_is_needed_is_refused_by_name(
     _register.check_peft()
     monkeypatch.delattr(owner, name)
     monkeypatch.setattr(peft, "__version__", "0.12.0")
-    with pytest.raises(ImportError, match=rf"peft must be >=0.21, got 0.12.0, which lacks {missing}.*pip install"):
+    with pytest.raises(ImportError, match=rf"peft must be >=0.20, got 0.12.0, which lacks {missing}.*pip install"):
         _register.check_peft()
 
 

@@ -6,9 +6,10 @@ import inspect
 
 import peft
 from peft.tuners import tuners_utils
+from peft.utils import save_and_load
 from peft.utils.peft_types import PeftType
 
-SUPPORTED = ">=0.21"
+SUPPORTED = ">=0.20"
 _NAME = "GRAFT"
 
 
@@ -36,8 +37,8 @@ def check_peft() -> None:
     needed = {
         "BaseTuner._replace_module": hasattr(base, "_replace_module"),
         "BaseTuner._inject_parameters": hasattr(base, "_inject_parameters"),
-        "BaseTuner._get_adapter_state_dict": hasattr(base, "_get_adapter_state_dict"),
-        "BaseTuner._remap_adapter_state_dict_for_load": hasattr(base, "_remap_adapter_state_dict_for_load"),
+        "save_and_load.get_peft_model_state_dict": hasattr(save_and_load, "get_peft_model_state_dict"),
+        "save_and_load.set_peft_model_state_dict": hasattr(save_and_load, "set_peft_model_state_dict"),
         "BaseTuner._prepare_adapter_config": hasattr(base, "_prepare_adapter_config"),
         "BaseTuner.inject_adapter(state_dict=)": "state_dict" in inspect.signature(base.inject_adapter).parameters,
         "BaseTunerLayer._move_adapter_to_device_of_base_layer": hasattr(layer, "_move_adapter_to_device_of_base_layer"),

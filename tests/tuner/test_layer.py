@@ -256,7 +256,9 @@ def test_gradient_checkpointing_changes_nothing(make: object, reentrant: bool) -
     for checkpointing in (False, True):
         model = graft(base, perturbed(base), density=0.1, selection="learned", target_modules="all")
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(model, f"{kind}_checkpointing_enable")  # transformers renamed it in 5
+            enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
             if reentrant and make is tiny_bert:
                 model.enable_input_require_grads()
         model.train()

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from grafts import MLP, graft, held, output, same_bits
+from grafts import MLP, assert_same, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import AlphaCallback, GraftConfig, fit_alpha, initialize_graft, training
 from peft_graft.scoring import mean_loss
@@ -222,9 +222,32 @@ def test_a_merged_or_an_inactive_adapter_is_refused(call: Callable[..., object])
     model.add_adapter("second", GraftConfig(donor=perturbed(base), density=0.3, alpha="auto"))
     with pytest.raises(ValueError, match=r"an active adapter, got 'second' while \['default'\] are active"):
         call(model, examples(), adapter_name="second", loss_fn=loss_of, progress=False)
+    model.peft_config["default"].alpha, model.base_model.states["default"].ready = 1.0, True
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"must be unmerged, got a merged one. Call model.unmerge_adapter\(\)"):
         call(model, examples(), loss_fn=loss_of, progress=False)
+
+
+@pytest.mark.parametrize("options", [{"selection": "path_taylor"}, {"alpha": "auto"}], ids=str)
+def test_a_graft_that_waits_for_data_is_not_merged(options: dict[str, Any]) -> None:
+    base = MLP()
+    model = graft(base, perturbed(base), density=0.3, **options)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"graft must be complete before it is merged.*initialize_graft"):
+            merge()
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_running_before_the_data_came_warns_once() -> None:
+    base, x = MLP(), torch.ones(2, 4)
+    model = graft(base, perturbed(base), density=0.3, selection="path_taylor")
+    with pytest.warns(
+        UserWarning, match="'default' has no patch yet.*'path_taylor' waits for data. Call peft"
+    ):
+        assert torch.equal(model(x), base(x))
+    model(x)
+    initialize_graft(model, examples(), loss_fn=loss_of, progress=False)
+    assert not torch.equal(model(x), base(x))
 
 
 @pytest.mark.parametrize("call", [fit_alpha, initialize_graft])

@@ -203,11 +203,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         An instance attribute shadows a registered parameter; unlike functional_call this also holds under FSDP.
         """
         for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.graft_patch and self.states[name].awaits_file:
-                raise RuntimeError(
-                    f"adapter {name!r} must be loaded from its file before it runs, got none of its tensors. "
-                    "Load it with PeftModel.from_pretrained, or with load_adapter of a PeftModel."
-                )
+            if name in self.graft_patch:
+                self.states[name].check(name)
         base, shadowed = self.get_base_layer(), []
         try:
             for param in self.keys:
@@ -248,11 +245,13 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; None for the active ones.
 
         Raises:
-            ValueError: `safe_merge` and a value is not finite.
+            ValueError: The patch waits for data, or `safe_merge` and a value is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.graft_patch]
         if not names:
             return
+        for name in names:
+            self.states[name].require_ready("merged")
         together = [*self.merged_adapters, *names]
         patches = {param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None}
         if safe_merge:

@@ -61,6 +61,8 @@ class PatchMaker:
         rule = get_rule(config.selection)
         if rule.needs in ("weights", "training"):
             self.make_patch(adapter_name)
+        else:
+            self.states[adapter_name].waits_for_data = True
 
     def donor_names(self, adapter_name: str) -> dict[str, str]:
         """Donor tensor name by base tensor name, for every targeted tensor.
@@ -160,6 +162,7 @@ class PatchMaker:
     ) -> None:
         donor, state = self.donors[adapter_name], self.states[adapter_name]
         state.clear()
+        state.waits_for_data = False
         for layer, _ in targets.values():
             layer.clear(adapter_name)
         values = {

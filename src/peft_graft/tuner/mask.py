@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,8 @@ class GraftState:
         self.budget = budget
         self.trial: float | dict[str, torch.Tensor] | None = None  # the alpha that a fit is looking at
         self.awaits_file = False  # whether the patch is still to come from a file
-        self.ready = False  # whether the patch is complete, so that it may be saved
+        self.ready = False  # whether the patch is complete, so that it may be saved or merged
+        self.waits_for_data = False  # whether there is no patch yet, because its rule needs data
         self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self._members: dict[str, tuple[Slot, str]] = {}
         self._magnitudes: dict[str, torch.Tensor] = {}
@@ -119,6 +121,42 @@ class GraftState:
     def invalidate(self) -> None:
         """Forget the mask, for changes of the logits that their version counters do not show."""
         self._versions = ()
+
+    def check(self, adapter_name: str) -> None:
+        """Say so, where the adapter runs without its patch.
+
+        Raises:
+            RuntimeError: The patch was to come from a file.
+        """
+        if self.awaits_file:
+            raise RuntimeError(
+                f"adapter {adapter_name!r} must be loaded from its file before it runs, got none of its tensors. "
+                "Load it with PeftModel.from_pretrained, or with load_adapter of a PeftModel."
+            )
+        if self.waits_for_data:
+            self.waits_for_data = False  # once is enough
+            warnings.warn(
+                f"Adapter {adapter_name!r} has no patch yet, so the model runs as the base: "
+                f"selection={self.config.selection!r} waits for data. "
+                "Call peft_graft.initialize_graft(model, dataloader) first.",
+                stacklevel=2,
+            )
+
+    def require_ready(self, done: str) -> None:
+        """Refuse what needs a complete patch.
+
+        Args:
+            done: What is done with it, as a participle.
+
+        Raises:
+            ValueError: The patch waits for data.
+        """
+        if not self.ready:
+            raise ValueError(
+                f"graft must be complete before it is {done}, got selection={self.config.selection!r} and "
+                f"alpha={self.config.alpha!r} that still wait for data. "
+                "Call peft_graft.initialize_graft(model, dataloader)."
+            )
 
     @property
     def alpha(self) -> Any:

@@ -87,11 +87,8 @@ def pack(
         if name == place.tensor_name  # the owner's name stands for all names of a tied tensor
     }
     state = next(iter(places.values())).layer.states[adapter_name]
-    if not state.ready and not (state.in_training and state.logits()):
-        raise ValueError(
-            f"graft must be complete before it is saved, got selection={config.selection!r} and "
-            f"alpha={config.alpha!r} that still wait for data. Call peft_graft.initialize_graft(model, dataloader)."
-        )
+    if not (state.in_training and state.logits()):
+        state.require_ready("saved")
     parts: dict[str, TensorPatch] = {}
     logits: dict[str, torch.Tensor] = {}
     for name, place in places.items():

@@ -139,7 +139,7 @@ def fit(
             learning_rate=args.learning_rate,
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
-            train_sampling_strategy="group_by_length",
+            **tasks.BY_LENGTH,
             seed=args.seed,
             logging_steps=16,
             save_strategy="steps" if args.save_steps else "no",

@@ -207,7 +207,7 @@ def fine_tune(
         save_strategy="no",
         report_to="none",
         logging_steps=50,
-        train_sampling_strategy="group_by_length",  # alike lengths: little padding, most of the speed on CPU
+        **tasks.BY_LENGTH,
         dataloader_pin_memory=PartialState().device.type != "cpu",
         # The mean of the ranks' mean losses, whatever the number of ranks.
         average_tokens_across_devices=False,

@@ -15,11 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from peft_graft.metrics import F1, Accuracy, ExpectedCalibrationError
 
@@ -27,6 +28,13 @@ DOCSTRINGS = "docstrings"
 LIBRARIES = ("numpy", "sklearn", "torch", "transformers")
 SIZES = {"train": 2048, "validation": 512, "test": 1024}
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+
+# Batches of alike lengths: little padding, most of the speed on CPU. transformers renamed the argument in 5.
+BY_LENGTH: dict[str, Any] = (
+    {"train_sampling_strategy": "group_by_length"}
+    if hasattr(TrainingArguments, "train_sampling_strategy")
+    else {"group_by_length": True}
+)
 
 # Share of the modules whose sentences belong to a split: modules, not sentences, so that no page is in two splits.
 _SPLIT_SHARES = {"test": 0.30, "validation": 0.15, "train": 0.55}

@@ -158,6 +158,14 @@ class Bench:
             self._record(model, rule, "auto", density, seconds + time.perf_counter() - started)
 
 
+def embedded_donor(out: str) -> Path:
+    """Make the donor of the embedded task, once, and say where it is."""
+    directory = Path(out) / "embedded_adamw0"
+    if not (directory / "metrics.json").exists():
+        make_donor(DonorArguments(optimizer="adamw", max_train_samples=2048, output_dir=str(directory)))
+    return directory
+
+
 def main() -> None:
     """Measure all points that are not known yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,11 +182,7 @@ def main() -> None:
     parser.add_argument("--sigmoid_steps", type=int, default=5, help="passes of the published procedure")
     parser.add_argument("--out", default="benchmarks/out", help="directory for the csv files")
     args = parser.parse_args()
-    if not args.donors:
-        args.donors = [Path(args.out) / "embedded_adamw0"]
-        if not (args.donors[0] / "metrics.json").exists():
-            make_donor(DonorArguments(optimizer="adamw", max_train_samples=2048, output_dir=str(args.donors[0])))
-    benches = [Bench(directory, args) for directory in args.donors]
+    benches = [Bench(directory, args) for directory in args.donors or [embedded_donor(args.out)]]
     for rule in args.rules:
         for density in args.densities:
             for bench in benches:

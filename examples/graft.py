@@ -65,7 +65,11 @@ class GraftArguments:
     density: float | None = field(default=None, metadata={"help": "Share of the eligible entries. Default 1e-3."})
     num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
     selection: str = field(
-        default="learned", metadata={"help": "Rule: " + "; ".join(str(r.name) for r in RULES.values())}
+        default="learned",
+        metadata={
+            "choices": list(RULES),
+            "help": "Rule that chooses the entries. " + "; ".join(f"{r.name}: {r.summary}" for r in RULES.values()),
+        },
     )
     alpha: str = field(default="auto", metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha ('global') or one per 'tensor'."})
@@ -172,12 +176,18 @@ def run(args: GraftArguments) -> dict[str, Any]:
     state, out = PartialState(), Path(args.output_dir)
     skip = args.skip_train_samples
     if args.base is None:
-        if not (out / "donor" / "model.safetensors").exists():
-            columns = {"text_columns": args.text_columns, "label_column": args.label_column}
-            donor_args = DonorArguments(
-                train=args.train, validation=args.validation, max_train_samples=2048, optimizer="adamw", seed=args.seed,
-                output_dir=args.output_dir, **columns,
-            )  # fmt: skip
+        donor_args = DonorArguments(
+            train=args.train, validation=args.validation, max_train_samples=2048, optimizer="adamw", seed=args.seed,
+            text_columns=args.text_columns, label_column=args.label_column, output_dir=args.output_dir,
+        )  # fmt: skip
+        if (out / "donor" / "model.safetensors").exists():
+            made = json.loads((out / "donor_metrics.json").read_text(encoding="utf-8"))["arguments"]
+            if made != json.loads(json.dumps(asdict(donor_args))):
+                raise ValueError(
+                    f"output_dir must hold no donor made with other flags, got {args.output_dir!r}. "
+                    "Choose another --output_dir, or name the donor with --base and --donor."
+                )
+        else:
             print("making the donor: a linear probe of the head, then fine-tuning ...", flush=True)
             make_donor(donor_args)
             if state.is_main_process:
@@ -269,7 +279,8 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the flags, graft, print the table."""
-    (args,) = HfArgumentParser(GraftArguments).parse_args_into_dataclasses()
+    parser = HfArgumentParser(GraftArguments, description=__doc__.partition("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses()
     report = run(args)
     if PartialState().is_main_process:
         print("\n" + table(report))

@@ -301,7 +301,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the flags, make the donor, print the table."""
-    (args,) = HfArgumentParser(DonorArguments).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser(DonorArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
     report = make_donor(args)
     if PartialState().is_main_process:
         print(table(report))

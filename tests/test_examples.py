@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,13 @@ def test_graft_resumes_a_killed_run(world: dict[str, str], tmp_path: Path) -> No
 def test_base_without_donor_is_refused(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base and donor must be given together"):
         run(GraftArguments(base=world["base"], output_dir=str(tmp_path)))
+
+
+def test_a_donor_made_with_other_flags_is_not_taken_for_this_one(world: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(Path(world["donor"]).parent, tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").rename(tmp_path / "out" / "donor_metrics.json")
+    with pytest.raises(ValueError, match="output_dir must hold no donor made with other flags, got '.*out'"):
+        run(GraftArguments(train=world["train"], validation=world["validation"], output_dir=str(tmp_path / "out")))
 
 
 def test_validation_rows_are_never_fitted_on(world: dict[str, str]) -> None:

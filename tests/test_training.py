@@ -241,9 +241,7 @@ def test_a_graft_that_waits_for_data_is_not_merged(options: dict[str, Any]) -> N
 def test_running_before_the_data_came_warns_once() -> None:
     base, x = MLP(), torch.ones(2, 4)
     model = graft(base, perturbed(base), density=0.3, selection="path_taylor")
-    with pytest.warns(
-        UserWarning, match="'default' has no patch yet.*'path_taylor' waits for data. Call peft"
-    ):
+    with pytest.warns(UserWarning, match="'default' has no patch yet.*'path_taylor' waits for data. Call peft"):
         assert torch.equal(model(x), base(x))
     model(x)
     initialize_graft(model, examples(), loss_fn=loss_of, progress=False)

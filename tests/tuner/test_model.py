@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from grafts import DTYPES, FAMILIES, MLP, TASKS, assert_same, graft, held, largest, output, parameters, same_bits
-from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_t5
+from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_roberta, tiny_t5
 from peft_graft import DonorError, GraftConfig, SelectionError
 
 EVERY = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -356,3 +356,9 @@ def test_after_an_error_the_base_is_what_it_was(make: Callable[[], nn.Module]) -
     good = perturbed(base)
     fresh = output(graft(base, good, density=0.1), batch)
     assert same_bits(output(get_peft_model(base, GraftConfig(donor=good, density=0.1)), batch), fresh)
+
+
+def test_another_architecture_is_told_by_its_body_not_by_its_head() -> None:
+    other = tiny_roberta()  # its head has other shapes than the base's, too
+    with pytest.raises(DonorError, match=r"of \d+ tensors missing .* This is not the same architecture"):
+        graft(tiny_bert(num_labels=3), other, density=0.1, task_type="SEQ_CLS")

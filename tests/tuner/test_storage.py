@@ -153,6 +153,15 @@ def test_low_cpu_mem_usage_loads_the_same(tmp_path: Path) -> None:
     assert same_bits(output(loaded, inputs(tiny_bert())), wanted)
 
 
+def test_another_architecture_is_refused_before_anything_is_wrapped(tmp_path: Path) -> None:
+    base = tiny_bert()
+    graft(base, perturbed(base), density=0.1, task_type="SEQ_CLS").save_pretrained(tmp_path)
+    other = tiny_roberta()
+    with pytest.raises(PatchError, match="base must be of the type that the patch was made for, 'bert', got 'roberta'"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert not any("graft" in name for name, _ in other.named_modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_same_base_in_another_dtype_is_welcome(dtype: torch.dtype, tmp_path: Path) -> None:
     saved(tmp_path, density=None, num_params=500)

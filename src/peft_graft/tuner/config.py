@@ -74,6 +74,7 @@ class GraftConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     seed: int = field(default=0, metadata={"help": "Seed of the selection."})
     # Written by the package, read on load: they make a saved adapter self-contained.
+    base_model_type: str | None = field(default=None, metadata={"help": "Recorded: the base's transformers type."})
     eligible: int | None = field(default=None, metadata={"help": "Recorded: entries the budget is a share of."})
     entries: int | None = field(default=None, metadata={"help": "Recorded: entries taken from the donor."})
     fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "Recorded: the base at the patch."})

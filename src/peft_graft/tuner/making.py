@@ -57,6 +57,7 @@ class PatchMaker:
         config = self.peft_config[adapter_name]
         donor = open_donor(config.donor, config.donor_revision)
         self.donors[adapter_name] = donor
+        self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
         graft_heads(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.needs in ("weights", "training"):

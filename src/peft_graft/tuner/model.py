@@ -14,6 +14,7 @@ from peft.utils.other import _get_submodules
 from torch import nn
 
 from ..deltas import Donor, DonorError
+from ..patch import PatchError
 from ..selection import resolve_budget
 from . import storage
 from .config import GraftConfig
@@ -70,6 +71,13 @@ class GraftModel(PatchMaker, BaseTuner):
             )
         if config.density is None and config.num_params is None and not from_file:
             resolve_budget(1, None, None)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if None not in (config.base_model_type, model_type) and config.base_model_type != model_type:
+            raise PatchError(
+                f"base must be of the type that the patch was made for, {config.base_model_type!r}, got "
+                f"{model_type!r}. Load {config.base_model_name_or_path or 'the base that it was made from'!r}."
+            )
+        config.base_model_type = config.base_model_type or model_type
         self.states[adapter_name] = GraftState(config)
         self.states[adapter_name].awaits_file = from_file
         with ExitStack() as undo:

@@ -221,3 +221,19 @@ class TestHostileCode:
         assert indices.dtype == torch.int64 and indices.shape == (count,)
         assert bool((indices[1:] > indices[:-1]).all())
         assert count == 0 or (0 <= int(indices[0]) and int(indices[-1]) < numel)
+
+
+@pytest.mark.parametrize(("numel", "codec"), [(1 << 24, 1), (1 << 19, 2)], ids=["rice", "varint"])
+def test_decoding_takes_little_more_memory_than_the_indices(numel: int, codec: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(1 << 24, (300_000,), generator=generator).unique()
+    if codec == 2:  # clusters, so that deflating pays
+        indices = (torch.arange(0, numel, 64)[:, None] + torch.arange(40)).reshape(-1)
+    blob = encode_indices(indices)
+    assert int(blob[0]) == codec
+    tracemalloc.start()
+    found = decode_indices(blob, len(indices), numel, "tensor")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(found, indices)
+    assert peak < 8 * len(indices) + (1 if codec == 1 else 2) * len(indices) + (4 << 20)

@@ -125,11 +125,14 @@ def _tagged(codec: int, payload: bytes) -> torch.Tensor:
 
 
 def _from_gaps(gaps: Integers, numel: int, where: str) -> Integers:
+    """Turn gaps into indices, in place."""
     # The float sum is inexact but cannot wrap around, unlike the exact one after it.
     if gaps.size and float(gaps.sum(dtype=np.float64)) <= 2.0 * MAX_NUMEL:
-        indices = np.cumsum(gaps + 1) - 1
-        if indices[-1] < numel:
-            return indices
+        gaps += 1
+        np.cumsum(gaps, out=gaps)
+        gaps -= 1
+        if gaps[-1] < numel:
+            return gaps
     elif not gaps.size:
         return gaps
     raise broken("indices", f"below {numel}", "larger ones", where)
@@ -158,15 +161,19 @@ def _read_varints(coded: Bytes, count: int, width: int, where: str) -> Integers:
     ends = np.flatnonzero(coded < 128)
     if ends.size != count or (ends[-1] + 1 if count else 0) != coded.size:
         raise broken("coded indices", f"{count} whole varints", f"{ends.size} and {coded.size} bytes", where)
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])[:count]
-    lengths = ends - starts + 1
-    if lengths.max(initial=0) > width or np.any((lengths > 1) & (coded[ends] == 0)):
-        raise broken("varints", f"the shortest, of at most {width} bytes", "a longer one", where)
-    numbers = np.zeros(count, np.int64)
-    for k in range(int(lengths.max(initial=0))):
-        here = lengths > k
-        numbers[here] |= (coded[starts[here] + k].astype(np.int64) & 127) << 7 * k
-    return numbers
+    start = 0
+    for first in range(0, count, _CHUNK):  # what is read takes the place of where it ended
+        block = ends[first : first + _CHUNK]
+        starts = np.concatenate([[start], block[:-1] + 1])
+        start = int(block[-1]) + 1
+        lengths = block - starts + 1
+        if lengths.max() > width or np.any((lengths > 1) & (coded[block] == 0)):
+            raise broken("varints", f"the shortest, of at most {width} bytes", "a longer one", where)
+        block[:] = 0
+        for k in range(int(lengths.max())):
+            here = lengths > k
+            block[here] |= (coded[starts[here] + k].astype(np.int64) & 127) << 7 * k
+    return ends
 
 
 def _decode_run(payload: Bytes, count: int, numel: int, where: str) -> Integers:
@@ -210,33 +217,36 @@ def _decode_rice(payload: Bytes, count: int, numel: int, where: str) -> Integers
     r, packed = int(payload[0]) if payload.size else 255, payload[1:]
     if r > MAX_NUMEL.bit_length() or 8 * packed.size < count * (r + 1):
         raise broken("coded indices", f"Rice codes of {count} entries", f"r = {r} and {packed.size} bytes", where)
-    gaps = np.zeros(count, np.int64)
+    gaps = _read_quotients(packed, r * count, count, where)
+    if gaps.max(initial=0) > numel >> r:
+        raise broken("indices", f"below {numel}", "larger ones", where)
+    gaps <<= r
     for k in range(r):
-        first, skip = divmod(k * count, 8)
-        plane = np.unpackbits(packed[first : first + (skip + count + 7) // 8])[skip : skip + count]
-        gaps |= plane.astype(np.int64) << k
-    ones = _find_ones(packed, r * count, count)
-    padding = 8 * packed.size - r * count - (int(ones[-1]) + 1 if ones.size else 0)
-    if ones.size != count or padding >= 8:
+        for start in range(0, count, _CHUNK):
+            block = gaps[start : start + _CHUNK]
+            first, skip = divmod(k * count + start, 8)
+            plane = np.unpackbits(packed[first : first + (skip + block.size + 7) // 8])[skip : skip + block.size]
+            block |= plane.astype(np.int64) << k
+    return _from_gaps(gaps, numel, where)
+
+
+def _read_quotients(packed: Bytes, start: int, count: int, where: str) -> Integers:
+    """Read `count` unary numbers from bit `start` on, each the zeros before a one; only padding may follow."""
+    first, skip = divmod(start, 8)
+    quotients, total, last = np.empty(count, np.int64), 0, -1
+    for offset in range(first, packed.size, _CHUNK // 8):
+        bits = np.unpackbits(packed[offset : offset + _CHUNK // 8])
+        if offset == first:
+            bits[:skip] = 0
+        ones = np.flatnonzero(bits) + (8 * offset - start)
+        if total + ones.size > count:
+            total = count + 1
+            break
+        if ones.size:
+            quotients[total : total + ones.size] = np.diff(ones, prepend=last) - 1
+            total, last = total + ones.size, int(ones[-1])
+    if total != count or 8 * packed.size - start - (last + 1) >= 8:
         raise broken(
             "coded indices", f"Rice codes of {count} entries", "another number of them, or bytes after them", where
         )
-    quotients = np.diff(ones, prepend=-1) - 1
-    if quotients.max(initial=0) > numel >> r:
-        raise broken("indices", f"below {numel}", "larger ones", where)
-    return _from_gaps(gaps + (quotients << r), numel, where)
-
-
-def _find_ones(packed: Bytes, start: int, limit: int) -> Integers:
-    """Find the set bits from bit `start` on, counted from there; stop soon after `limit` of them."""
-    first, skip = divmod(start, 8)
-    found, total = [np.zeros(0, np.int64)], 0
-    for offset in range(first, packed.size, _CHUNK):
-        bits = np.unpackbits(packed[offset : offset + _CHUNK])
-        if offset == first:
-            bits[:skip] = 0
-        found.append(np.flatnonzero(bits) + (8 * offset - start))
-        total += found[-1].size
-        if total > limit:
-            break
-    return np.concatenate(found)
+    return quotients

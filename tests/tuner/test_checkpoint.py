@@ -199,6 +199,15 @@ def test_training_cannot_resume_from_a_packed_patch(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "default", is_trainable=True)
 
 
+def test_a_packed_patch_can_be_loaded_under_the_config_that_it_was_learned_with(tmp_path: Path) -> None:
+    model = learner()
+    model.save_pretrained(tmp_path)
+    config = GraftConfig(donor=DONOR, density=0.02, selection="learned", task_type="SEQ_CLS")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path, config=config)
+    assert same_bits(output(loaded, inputs(BASE)), output(model, inputs(BASE)))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [

@@ -202,6 +202,29 @@ def test_a_wrapper_reads_and_writes_like_the_module_in_it() -> None:
         density=0.5).base_model.model[0].bias  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("linear", (4, 3)),
+        ("conv2d", (3, 4)),
+        ("conv1D of transformers", (4, 3)),
+        ("layer norm", (None, None)),
+        ("experts", (None, None)),
+    ],
+)
+def test_a_layer_tells_its_widths_as_those_of_peft_do(name: str, widths: tuple[int | None, int | None]) -> None:
+    model = graft(Holder(UNITS[name][0]), "zeros", density=1.0)
+    layer = model.base_model.model.unit
+    assert (layer.in_features, layer.out_features) == widths
+
+
+def test_an_embedding_and_attention_tell_their_widths() -> None:
+    model = graft(nn.Sequential(nn.Embedding(7, 3), attention()), "zeros", density=1.0, target_modules="all")
+    emb, unit = model.base_model.model
+    assert (emb.in_features, emb.out_features) == (7, 3)
+    assert (unit.in_features, unit.out_features) == (4, 4)
+
+
 def test_the_repr_says_how_many_entries_there_are() -> None:
     base = Holder(nn.Linear(4, 3))
     assert "(default): Slot(bias: 3, weight: 12)" in repr(graft(base, perturbed(base), density=1.0))

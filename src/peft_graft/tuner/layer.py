@@ -14,6 +14,10 @@ from torch import nn
 from .mask import GraftState, Slot
 from .rows import BASE, OnlyMetadata, run_by_row
 
+# Widths of a Linear, a convolution, an embedding, transformers' Conv1D, attention: PEFT's layers expose the first names.
+_WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
+_WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim")
+
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that a wrapped module patches: its own; for `nn.MultiheadAttention` also its projection's."""
@@ -305,6 +309,20 @@ class GraftLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> torch.Tensor | None:
         """The patched bias, or None."""
         return self._read("bias") if "bias" in self.keys else self.get_base_layer().bias
+
+    @property
+    def in_features(self) -> int | None:
+        """Width of what goes in; None where the module has none, as a norm."""
+        return self._width(_WIDTH_IN)
+
+    @property
+    def out_features(self) -> int | None:
+        """Width of what comes out; None where the module has none."""
+        return self._width(_WIDTH_OUT)
+
+    def _width(self, names: tuple[str, ...]) -> int | None:
+        base = self.get_base_layer()
+        return next((getattr(base, name) for name in names if hasattr(base, name)), None)
 
     def __getattr__(self, name: str) -> Any:
         """Forward what this wrapper lacks to the wrapped module, patched where it is a parameter."""

@@ -153,10 +153,10 @@ def unpack(
         if base is not None:
             Fingerprint.from_dict(config.fingerprint).require(base, config.base_model_name_or_path)
     logits, alphas = (_read_trained(state_dict, patch, kind) for kind in ("logits", "alpha"))
-    if state.logits() and not logits:
+    if state.logits() and not logits and not config.inference_mode:
         raise PatchError(
-            "checkpoint must hold mask logits to resume training, got a packed patch. "
-            "Resume from a checkpoint that a Trainer wrote during training."
+            "checkpoint must hold mask logits to resume training, got a packed patch. Resume from a checkpoint that "
+            "a Trainer wrote during training, or set inference_mode=True in the config to use the patch as it is."
         )
     for layer in held:
         layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import mse_loss
 
 from grafts import DTYPES, FAMILIES, MLP, TASKS, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
+from peft_graft import SelectionError
 from peft_graft.selection import top_k_mask
 from peft_graft.tuner.mask import Slot
 
@@ -118,14 +120,18 @@ def test_training_and_evaluation_give_the_same_values(alpha: float, dtype: torch
         for value in logits_of(model).values():
             value.uniform_(-2, 2)
         x = X.to(dtype)
-        assert torch.equal(model.train()(x), model.eval()(x))
+        exact = model.eval()(x)
+        assert torch.equal(model.train()(x), exact)
+    assert torch.equal(model(x), exact)
+    assert torch.equal(model.eval()(x), exact)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("alpha", [1.0, 3.5])
-def test_the_gradient_of_a_logit_is_that_of_its_entry_times_the_scaled_delta(alpha: float) -> None:
+def test_the_gradient_of_a_logit_is_that_of_its_entry_times_the_scaled_delta(alpha: float, training: bool) -> None:
     base = MLP()
     donor = perturbed(base, scale=0.3)
-    model = learned(base, donor, alpha=alpha).train()
+    model = learned(base, donor, alpha=alpha).train(training)
     with torch.no_grad():
         for value in logits_of(model).values():
             value.uniform_(-2, 2)
@@ -140,9 +146,21 @@ def test_the_gradient_of_a_logit_is_that_of_its_entry_times_the_scaled_delta(alp
     assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
 
 
-def test_no_gradient_reaches_the_logits_in_evaluation() -> None:
-    model = learned(MLP()).eval()
+def test_no_gradient_reaches_logits_that_do_not_train() -> None:
+    model = learned(MLP())
+    model.set_requires_grad("default", requires_grad=False)
     assert not model(X).requires_grad
+    with torch.no_grad():
+        assert not learned(MLP())(X).requires_grad
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_training_that_diverged_makes_no_mask(scope: str, tmp_path: Path) -> None:
+    model = learned(MLP(), scope=scope)
+    logits_of(model)["second.weight"].data.fill_(float("nan"))
+    for use in (lambda: model.train()(X), model.merge_adapter, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(SelectionError, match=r"mask logits must be finite, got NaN in \['second.weight'\]"):
+            use()
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])

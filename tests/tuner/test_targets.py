@@ -82,11 +82,20 @@ def test_modules_are_chosen_by_suffix_or_expression(targets: object) -> None:
     assert targeted(graft(base, "zeros", density=0.1, target_modules=targets)) == wanted
 
 
-def test_all_linear_finds_the_linears_again_for_a_second_adapter() -> None:
-    base = tiny_bert()
-    model = graft(base, perturbed(base), density=0.1, target_modules="all-linear", task_type="SEQ_CLS")
+@pytest.mark.parametrize(
+    ("base", "task", "others"),
+    [
+        (tiny_bert(), "SEQ_CLS", ("mbeddings", "LayerNorm", "classifier")),
+        (tiny_gpt2(), "CAUSAL_LM", ("wte", "wpe", "ln_", "lm_head")),
+    ],
+    ids=["Linear", "Conv1D of transformers"],
+)
+def test_all_linear_finds_the_linears_again_for_a_second_adapter(
+    base: nn.Module, task: str, others: tuple[str, ...]
+) -> None:
+    model = graft(base, perturbed(base), density=0.1, target_modules="all-linear", task_type=task)
     first = targeted(model)
-    assert first == names(base, "mbeddings", "LayerNorm", "classifier")
+    assert first == names(base, *others)
     assert all(isinstance(layer, GraftLinear) for layer in model.base_model._layers())
     model.add_adapter("second", GraftConfig(donor="zeros", density=0.1, target_modules="all-linear"))
     assert targeted(model, "second") == first

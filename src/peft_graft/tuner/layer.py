@@ -131,7 +131,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: Name of the adapter.
             param: Parameter of this layer.
-            training: Whether a learned mask must stay differentiable: then all candidates are returned.
+            training: Whether a learned mask that trains must stay differentiable: then all candidates are returned.
 
         Returns:
             Indices int64 [n], values [n] in the base's dtype, and which of them are taken: bool [n], or None for all.
@@ -144,7 +144,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         state, name = self.states[adapter_name], self.tensor_name(param)
         indices, donor, logits = slot.indices(key), slot.values(key), slot.logits(key)
         mask = None if logits is None else state.mask(name)
-        if mask is not None and not training:
+        if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
         base = self.base_entries(param, indices)
         alpha = state.scale(name)
@@ -193,7 +193,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         if owner.merged or owner.disable_adapters:
             return None
         names = owner.active_adapters if adapter_names is None else adapter_names
-        found = owner.joint_entries(names, owned, training=self.training)
+        # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
+        found = owner.joint_entries(names, owned, training=torch.is_grad_enabled())
         if found is None:
             return None
         base = self.base_parameter(param)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..selection import top_k_mask
+from ..donors import MAX_LISTED
+from ..selection import SelectionError, top_k_mask
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -194,12 +195,21 @@ class GraftState:
 
         Returns:
             Bool [n] by tensor name.
+
+        Raises:
+            SelectionError: Logits are NaN, or infinite where the delta is 0.
         """
         names = sorted(logits)
         scores = [logits[name] * self._magnitudes[name].to(logits[name].device) for name in names]
+        device = scores[0].device
+        if torch.stack([score.isnan().any().to(device) for score in scores]).any():  # one wait for the device, not many
+            broken = [name for name, score in zip(names, scores, strict=True) if score.isnan().any()]
+            raise SelectionError(
+                f"mask logits must be finite, got NaN in {broken[:MAX_LISTED]} ({len(broken)} tensors). The training "
+                "has diverged: lower the learning rate, or clip the gradients."
+            )
         if isinstance(self.budget, dict):
             return {name: top_k_mask(score, self.budget[name]) for name, score in zip(names, scores, strict=True)}
-        device = scores[0].device
         everything = torch.cat([score.to(device) for score in scores])
         masks = top_k_mask(everything, self.budget or 0).split([score.numel() for score in scores])
         return {name: mask.to(logits[name].device) for name, mask in zip(names, masks, strict=True)}

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _get_submodules
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..deltas import Donor, DonorError
 from ..patch import PatchError
@@ -143,7 +144,7 @@ class GraftModel(PatchMaker, BaseTuner):
                 sidecar = Sidecar(target, key, self.states)
                 target.add_module(SIDECAR, sidecar)
             return sidecar
-        cls = GraftLinear if isinstance(target, nn.Linear) else GraftLayer
+        cls = GraftLinear if isinstance(target, nn.Linear | Conv1D) else GraftLayer
         layer = cls(target, key, self.states)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)

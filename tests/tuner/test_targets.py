@@ -123,12 +123,14 @@ def test_excluded_bare_parameters_are_left_alone() -> None:
     assert targeted(model) == names(base, "cls_token", "position_embeddings")
 
 
-@pytest.mark.parametrize("targets", [None, "all"])
+@pytest.mark.parametrize("targets", [None, "all", "all-linear"])
 @pytest.mark.parametrize(("layers", "pattern"), [(1, None), ([1], "layer"), ([0, 1], None)], ids=str)
 def test_layers_are_chosen_by_number(layers: object, pattern: str | None, targets: str | None) -> None:
     base = tiny_bert()
     options = {"layers_to_transform": layers, "layers_pattern": pattern, "target_modules": targets}
     wanted = {name for name in names(base) if ".layer." in name and (layers == [0, 1] or ".layer.1." in name)}
+    if targets == "all-linear":
+        wanted = {name for name in wanted if "LayerNorm" not in name}
     assert targeted(graft(base, "zeros", density=0.1, **options)) == wanted
 
 

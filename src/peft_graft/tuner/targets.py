@@ -7,8 +7,14 @@ import re
 import warnings
 from typing import TYPE_CHECKING
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -131,6 +137,10 @@ def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
         ValueError: No module can be grafted.
     """
     everything = config.target_modules == "all"
+    if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND and config.layers_to_transform is not None:
+        # PEFT would name the modules in full and then not look at their layers.
+        found = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+        config.target_modules = {name for name in found if _is_wanted(config, name)}
     if not everything and (config.target_modules is not None or config.target_parameters is not None):
         return config
     names, others, bare = default_targets(model, everything)

@@ -17,6 +17,7 @@ from torch import nn
 from grafts import DTYPES, FAMILIES, MLP, TASKS, assert_same, graft, held, largest, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_roberta, tiny_t5
 from peft_graft import DonorError, GraftConfig, SelectionError
+from peft_graft.tuner import making
 
 EVERY = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -362,3 +363,12 @@ def test_another_architecture_is_told_by_its_body_not_by_its_head() -> None:
     other = tiny_roberta()  # its head has other shapes than the base's, too
     with pytest.raises(DonorError, match=r"of \d+ tensors missing .* This is not the same architecture"):
         graft(tiny_bert(num_labels=3), other, density=0.1, task_type="SEQ_CLS")
+
+
+def test_a_large_donor_shows_a_progress_bar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = MLP()
+    graft(base, perturbed(base), density=0.1)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(making, "MANY_ENTRIES", 1)
+    graft(base, perturbed(base), density=0.1)
+    assert "reading MLP" in capfd.readouterr().err

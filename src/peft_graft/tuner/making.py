@@ -16,6 +16,7 @@ from .layer import GraftLayer
 from .mask import GraftState
 
 Target = tuple[GraftLayer, str]
+MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
 
 
 class PatchMaker:
@@ -85,14 +86,17 @@ class PatchMaker:
         )
 
     def make_patch(
-        self, adapter_name: str = "default", measured: Mapping[str, torch.Tensor] | None = None, progress: bool = False
+        self,
+        adapter_name: str = "default",
+        measured: Mapping[str, torch.Tensor] | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
 
         Args:
             adapter_name: Name of the adapter.
             measured: What the rule needs from data, by tensor name, broadcastable to the tensor.
-            progress: Show a progress bar.
+            progress: Show a progress bar; None for one where there are many entries to read.
 
         Raises:
             DonorError: The donor does not fit the base, or equals it.
@@ -104,6 +108,7 @@ class PatchMaker:
         base, names = self.base_tensors(targets), self.donor_names(adapter_name)
         sizes = {name: tensor.numel() for name, tensor in base.items()}
         total = sum(sizes.values())
+        progress = total >= MANY_ENTRIES if progress is None else progress
         largest = 0.0
 
         def scored() -> Iterator[tuple[str, torch.Tensor]]:

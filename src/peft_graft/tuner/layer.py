@@ -14,7 +14,7 @@ from torch import nn
 from .mask import GraftState, Slot
 from .rows import BASE, OnlyMetadata, run_by_row
 
-# Widths of a Linear, a convolution, an embedding, transformers' Conv1D, attention: PEFT's layers expose the first names.
+# Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
 _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
 _WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim")
 

@@ -360,7 +360,7 @@ def test_all_that_is_wrong_with_the_arguments_is_said_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         stitch([ONE, TWO], [math.nan, "1", True], "sum", base=BASE)
     for words in (
-        "combination must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'sum'",
+        "combination type must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'sum'",
         "weights must be one for each of the 2 patches, got 3",
         "weights must be finite numbers, got [nan, '1', True]",
     ):

@@ -137,7 +137,7 @@ def stitch_problems(count: int, weights: Sequence[Weight], combination: str) -> 
         combination: A name in `COMBINATIONS`.
     """
     if combination not in COMBINATIONS:
-        yield f"combination must be one of {sorted(COMBINATIONS)}, got {combination!r}. Choose a row of the table."
+        yield f"combination type must be one of {sorted(COMBINATIONS)}, got {combination!r}. Choose a row of the table."
     if len(weights) != count:
         yield f"weights must be one for each of the {count} patches, got {len(weights)}. Give 1.0 to take one as it is."
     numbers = [n for weight in weights for n in (weight.values() if isinstance(weight, Mapping) else [weight])]

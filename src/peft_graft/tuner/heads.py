@@ -1,10 +1,11 @@
-"""DonorHead: a module taken whole from the donor, such as a task head, and kept frozen."""
+"""Modules taken whole, such as a task head: DonorHead holds the donor's and keeps them frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -74,3 +75,52 @@ def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
             module.frozen = set()
         module.frozen.add(adapter_name)
         module.freeze()
+
+
+def choose_heads(
+    model: nn.Module, adapter_names: Sequence[str], chosen: str | None
+) -> tuple[dict[str, str], list[str]]:
+    """Choose whose copy of each module to save stands for all of these adapters.
+
+    Args:
+        model: The model that holds the adapters.
+        adapter_names: Adapters, with or without copies.
+        chosen: The adapter whose copies to take.
+
+    Returns:
+        An adapter by the module's key: the chosen one, else the first where all that have a copy have the same; and the
+        keys of modules where they differ.
+    """
+    found, apart = {}, []
+    for key, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        names = [name for name in adapter_names if name in module.modules_to_save]
+        if not names:
+            continue
+        copies = [module.modules_to_save[name].state_dict() for name in names]
+        if chosen in names:
+            found[key] = chosen
+        elif all(torch.equal(copy[name], copies[0][name]) for copy in copies for name in copy):
+            found[key] = names[0]
+        else:
+            apart.append(key)
+    return found, apart
+
+
+def copy_heads(model: nn.Module, adapter_name: str, sources: Mapping[str, str]) -> None:
+    """Give an adapter the modules to save of others, frozen where theirs are the donor's.
+
+    Args:
+        model: The model that holds the adapters.
+        adapter_name: Name of the adapter, which has copies of its own already.
+        sources: Whose values to take, by the module's key.
+    """
+    for key, module in model.named_modules():
+        if key not in sources or not isinstance(module, ModulesToSaveWrapper):
+            continue
+        source = sources[key]
+        module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        if isinstance(module, DonorHead) and source in module.frozen:
+            module.frozen.add(adapter_name)
+            module.freeze()

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..compose import align, scaled, spread, total
 from .mask import GraftState, Slot
 from .rows import BASE, OnlyMetadata, run_by_row
 
@@ -134,8 +135,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             training: Whether a learned mask that trains must stay differentiable: then all candidates are returned.
 
         Returns:
-            Indices int64 [n], values [n] in the base's dtype, and which of them are taken: bool [n], or None for all.
-            None where there is no patch.
+            Indices int64 [n], values [n] that are still to be rounded to the base's dtype, and which of them are taken:
+            bool [n], or None for all. None where there is no patch.
         """
         slot = self.slot(adapter_name) if adapter_name in self.graft_patch else None
         key = self.keys[param]
@@ -150,13 +151,13 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         alpha = state.scale(name)
         # alpha = 1 must give the donor's bits; base + (donor - base) would not.
         exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
-        full = donor.to(base.dtype) if exactly_donor else scaled(base, donor, alpha)
+        full = donor if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
             return indices, full, None
         exact = torch.where(mask, full, base)
         # The straight-through estimator: the forward is the exact mask, the gradient that of the mask as a number.
         through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
-        return indices, exact + through.to(base.dtype), mask
+        return indices, exact + through, mask
 
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False
@@ -165,22 +166,22 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
         The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out have no
         say where another adapter takes the entry.
+
+        Returns:
+            Indices int64 [n] and values [n] in the base's dtype; None where there is no patch.
         """
-        found = [
-            entries
-            for name in sorted(set(adapter_names))
-            if (entries := self.entries(name, param, training)) is not None
-        ]
+        entries = [self.entries(name, param, training) for name in dict.fromkeys(adapter_names)]
+        found = [each for each in entries if each is not None]
+        dtype = self.base_parameter(param).dtype
         if len(found) < 2:
-            return found[0][:2] if found else None
-        indices, where = torch.cat([indices for indices, _, _ in found]).unique(return_inverse=True)
-        values = torch.cat([values for _, values, _ in found])
-        taken = torch.cat([torch.ones_like(index) if mask is None else mask.long() for index, _, mask in found])
-        nobody = torch.zeros_like(indices).index_add(0, where, taken) == 0
-        weights = torch.where(nobody[where], 1, taken).double()
-        empty = torch.zeros(indices.numel(), dtype=torch.float64, device=values.device)
-        total, count = (empty.index_add(0, where, part) for part in (values.double() * weights, weights))
-        return indices, (total / count).to(values.dtype)
+            return (found[0][0], found[0][1].to(dtype)) if found else None
+        indices, where = align([each[0] for each in found])
+        values, say = spread([each[1] for each in found], where, indices.numel())
+        if training:
+            masks = [torch.ones_like(at) if each[2] is None else each[2] for each, at in zip(found, where, strict=True)]
+            taken = spread(masks, where, indices.numel())[0].bool()
+            say = torch.where(taken.any(0), taken, say)
+        return indices, (total(values, say) / say.sum(0)).to(dtype)
 
     def has_entries(self, adapter_name: str, param: str) -> bool:
         """Whether an adapter patches this parameter."""
@@ -369,8 +370,3 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
 class GraftLinear(GraftLayer):
     """GraftLayer of a linear module: its class name lets `target_modules="all-linear"` find it again."""
-
-
-def scaled(base: torch.Tensor, donor: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
-    """base + alpha * (donor - base), computed in float32 and rounded once to the base's dtype."""
-    return (base.float() + alpha * (donor.float() - base.float())).to(base.dtype)

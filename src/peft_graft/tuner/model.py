@@ -14,11 +14,14 @@ from peft.utils.other import _get_submodules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compose import conflicts
 from ..deltas import Donor, DonorError
-from ..patch import PatchError
+from ..patch import Patch, PatchError
 from ..selection import resolve_budget
 from . import storage
+from .combine import combine, read_patch
 from .config import GraftConfig
+from .heads import copy_heads
 from .layer import GraftLayer, GraftLinear
 from .making import PatchMaker, Target
 from .mask import GraftState
@@ -197,6 +200,70 @@ class GraftModel(PatchMaker, BaseTuner):
                     layer.aliases[param] = (owner, owned)
                     layer.tied.add(param)
                     owner.tied.add(owned)
+
+    # Patches to patches
+
+    def patch(self, adapter_name: str = "default", with_alpha: bool = False) -> Patch:
+        """Read an adapter's patch: its exact mask, and the donor's values.
+
+        Args:
+            adapter_name: Name of the adapter.
+            with_alpha: Give base + alpha * (donor - base) as values, as the model has them.
+
+        Returns:
+            The patch on the CPU, with the shapes of all tensors that the adapter may patch.
+
+        Raises:
+            ValueError: There is no such adapter, or it still waits for data.
+            RuntimeError: The adapter's file is still to be loaded.
+        """
+        return read_patch(self, adapter_name, with_alpha)
+
+    def conflicts(self, adapter_names: list[str] | None = None) -> dict[str, int]:
+        """Count the entries that more than one adapter takes; active together, they give these the mean of theirs.
+
+        Args:
+            adapter_names: Names of the adapters; None for the active ones.
+
+        Returns:
+            How many by tensor name, without the tensors that have none. Their sum is the total.
+
+        Raises:
+            ValueError: As `patch`.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return conflicts([self.patch(name) for name in names])
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        modules_to_save_from: str | None = None,
+    ) -> None:
+        """Add a graft that combines others: base + combination of weight_i * alpha_i * (donor_i - base).
+
+        It is a graft like any: it needs neither the others nor their donors, has alpha = 1, and its config records
+        under `provenance` what it is made of. Like every added adapter it is not active until `set_adapter`.
+
+        Args:
+            adapters: Names of the grafts to combine; of a learned mask, the exact one is taken.
+            weights: A finite number for each; 1 goes all the way to a graft, less or more moves it towards or beyond.
+            adapter_name: Name of the new adapter.
+            combination_type: A row of `compose.COMBINATIONS`: "linear", "mean" (with weights of 1 the same bits as
+                all adapters active together), "disjoint" or "ties".
+            modules_to_save_from: Whose `modules_to_save` (task heads) to take, needed where the adapters' differ.
+
+        Raises:
+            ValueError: One message for all arguments that are wrong; or no entry is left.
+            PatchError: A combined value overflows the base's dtype.
+        """
+        config, patch, heads = combine(self, adapters, weights, adapter_name, combination_type, modules_to_save_from)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self._remap_adapter_state_dict_for_load(self, self.peft_config[adapter_name], adapter_name, patch.to_tensors())
+        copy_heads(self.model, adapter_name, heads)
 
     # Host contract
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key
 from .checkpoint import register_with_trainer
 from .layer import GraftLayer
-from .mask import Slot
+from .mask import GraftState, Slot
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -61,6 +61,68 @@ def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch
     return found
 
 
+def _owners(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
+    """What an adapter may patch, by the owner's name, which stands for all names of a tied tensor."""
+    return {name: place for name, place in _places(model, adapter_name).items() if name == place.tensor_name}
+
+
+def _state(places: Mapping[str, _Place], adapter_name: str) -> GraftState:
+    return next(iter(places.values())).layer.states[adapter_name]
+
+
+def _held(
+    places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor]]:
+    """All entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name."""
+    parts, logits = {}, {}
+    for name, place in places.items():
+        if place.layer.keys[place.param] not in place.slot(adapter_name).params:
+            continue
+        indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
+        parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
+        if (key := place.live_key(adapter_name, "logits")) in state_dict:
+            logits[name] = state_dict[key].detach().cpu()
+    return parts, logits
+
+
+def _exact(
+    parts: Mapping[str, TensorPatch], logits: dict[str, torch.Tensor], state: GraftState
+) -> dict[str, TensorPatch]:
+    """Only the entries that a learned mask takes, where there is one."""
+    masks = state.masks_of(logits) if logits else {}
+    taken = {name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()}
+    return {name: part for name, part in {**parts, **taken}.items() if part.indices.numel()}
+
+
+def live_patch(model: nn.Module, adapter_name: str) -> Patch:
+    """Read the patch of a live adapter: its exact mask, and the donor's values, whatever alpha is.
+
+    Args:
+        model: The model that holds the adapter.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The patch on the CPU, with the shapes of all tensors that the adapter may patch.
+
+    Raises:
+        RuntimeError: The adapter's file is still to be loaded.
+        ValueError: The graft still waits for data.
+    """
+    places = _owners(model, adapter_name)
+    state = _state(places, adapter_name)
+    if state.awaits_file:
+        state.check(adapter_name)
+    state.require_ready("read")
+
+    live = {
+        place.live_key(adapter_name, kind): tensor
+        for place in places.values()
+        for kind, tensor in place.slot(adapter_name).tensors(place.layer.keys[place.param]).items()
+    }
+    shapes = {name: tuple(layer.base_parameter(param).shape) for name, (layer, param, _) in places.items()}
+    return Patch(_exact(*_held(places, adapter_name, live), state), shapes)
+
+
 def pack(
     model: nn.Module, config: GraftConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -81,29 +143,12 @@ def pack(
     Raises:
         ValueError: The graft still waits for data.
     """
-    places = {
-        name: place
-        for name, place in _places(model, adapter_name).items()
-        if name == place.tensor_name  # the owner's name stands for all names of a tied tensor
-    }
-    state = next(iter(places.values())).layer.states[adapter_name]
+    places = _owners(model, adapter_name)
+    state = _state(places, adapter_name)
     if not (state.in_training and state.logits()):
         state.require_ready("saved")
-    parts: dict[str, TensorPatch] = {}
-    logits: dict[str, torch.Tensor] = {}
-    for name, place in places.items():
-        if place.layer.keys[place.param] not in place.slot(adapter_name).params:
-            continue
-        indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
-        parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
-        if (key := place.live_key(adapter_name, "logits")) in state_dict:
-            logits[name] = state_dict[key].detach().cpu()
-    if logits and not state.in_training:
-        masks = state.masks_of(logits)
-        parts |= {
-            name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()
-        }
-    patch = Patch({name: part for name, part in parts.items() if part.indices.numel()})
+    parts, logits = _held(places, adapter_name, state_dict)
+    patch = Patch(_exact(parts, {} if state.in_training else logits, state))
     base = _base_entries(places, patch)
     if base is not None:
         config.fingerprint = Fingerprint.compute(base).to_dict()

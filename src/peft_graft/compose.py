@@ -87,8 +87,8 @@ def stitch(
         base: The base's tensors by name, or a function (name, flat indices) -> the base's values there.
 
     Returns:
-        The patch. The dtype of its values is the narrowest that the patches share, where that holds the result as well
-        as the one that also holds the base's values does; else the latter.
+        The patch. Its values are in the dtype that the patches share where that loses nothing, else in one that holds
+        the base's values too.
 
     Raises:
         PatchError: The patches are malformed or of different bases, the base lacks tensors, or values overflow.
@@ -114,7 +114,7 @@ def stitch(
         count, result = say.sum(0), total(values, say)
         if row.reduce == "mean":
             result = result / count
-        else:  # the sum of values has the base in it once too often for all but one of them
+        else:  # the base is in every one of the values, and counts once
             result = torch.where(count > 1, result - (count - 1) * start, result)
         kept = TensorPatch(indices[count > 0], _rounded(result[count > 0], [part for _, part in parts], own.dtype))
         if not kept.values.isfinite().all():

@@ -249,7 +249,7 @@ class GraftModel(PatchMaker, BaseTuner):
 
         Args:
             adapters: Names of the grafts to combine; of a learned mask, the exact one is taken.
-            weights: A finite number for each; 1 goes all the way to a graft, less or more moves it towards or beyond.
+            weights: A finite number for each: 1 goes all the way to a graft, 0.5 half of it, -1 the opposite way.
             adapter_name: Name of the new adapter.
             combination_type: A row of `compose.COMBINATIONS`: "linear", "mean" (with weights of 1 the same bits as
                 all adapters active together), "disjoint" or "ties".

@@ -113,7 +113,6 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
     if state.awaits_file:
         state.check(adapter_name)
     state.require_ready("read")
-
     live = {
         place.live_key(adapter_name, kind): tensor
         for place in places.values()

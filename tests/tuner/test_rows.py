@@ -160,6 +160,32 @@ def test_all_offenders_are_named_at_once() -> None:
     assert model(x, adapter_names=["x", "y", "__base__"]).shape == (3, 3)
 
 
+class Repeats(nn.Module):
+    """Gives an inner module all rows once per expert, as Llama 4 does, or their tokens one after the other."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 4).repeat(self.experts, 1)
+        return self.inner(flat).view(self.experts, len(x), -1, 3).sum(0)
+
+
+def test_rows_in_an_order_that_is_not_known_are_refused() -> None:
+    x = torch.randn(2, 3, 4)
+    tokens = several(Repeats(1), target_modules=["inner"])
+    mixed = tokens(x, adapter_names=["x", "y"])
+    for row, name in enumerate(["x", "y"]):
+        tokens.set_adapter(name)
+        torch.testing.assert_close(mixed[row], tokens(x)[row])
+    experts = several(Repeats(2), target_modules=["inner"])
+    with pytest.raises(ValueError, match="one name per row, got 2 for 12 rows in 'inner'.*as experts may, out"):
+        experts(x, adapter_names=["x", "y"])
+    assert experts(x, adapter_names=["__base__"] * 2).shape == (2, 3, 3)
+
+
 def test_rows_survive_a_copy_and_half_precision() -> None:
     base = tiny_llama(torch.bfloat16)
     model, batch = copy.deepcopy(several(base)), batch_of(base)

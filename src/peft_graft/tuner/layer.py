@@ -13,7 +13,7 @@ from torch import nn
 
 from ..compose import align, scaled, spread, total
 from .mask import GraftState, Slot
-from .rows import BASE, OnlyMetadata, run_by_row
+from .rows import OnlyMetadata, Rows, run_by_row
 
 # Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
 _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
@@ -58,7 +58,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
-        self.rows: list[str] | None = None  # the adapter of each row of the batch, while they differ
+        self.rows: Rows | None = None  # the adapter of each row of the batch, while they differ
 
     # Structure
 
@@ -232,10 +232,12 @@ class GraftLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.rows is not None:
-            names = [name if any(self.has_entries(name, param) for param in self.keys) else BASE for name in self.rows]
-            return run_by_row(self._run, names, args, kwargs, self.tensor_prefix)
+            return run_by_row(self._run, self.rows, args, kwargs, self.tensor_prefix, self._patches)
         with self.patched():
             return self.base_layer(*args, **kwargs)
+
+    def _patches(self, adapter_name: str) -> bool:
+        return any(self.has_entries(adapter_name, param) for param in self.keys)
 
     def _run(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         with self.patched([adapter_name]):
@@ -296,7 +298,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _read(self, param: str) -> torch.Tensor:
-        if self.rows is not None and any(self.has_entries(name, param) for name in self.rows):
+        if self.rows is not None and any(self.has_entries(name, param) for name in self.rows.names):
             return self.base_parameter(param).as_subclass(OnlyMetadata)
         # Tied names must stay the parameter itself, or tie_weights would tie a copy.
         patched = None if param in self.tied else self.effective(param)

@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import GraftLayer
-from .rows import BASE, spread
+from .rows import BASE, Rows
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def rows_of(model: nn.Module, layers: Sequence[GraftLayer], adapter_names: Seque
     Args:
         model: The model that holds the adapters, in evaluation mode.
         layers: Its grafted layers.
-        adapter_names: One name per row of the batch; `"__base__"` for none. Where a module sees a multiple of as many
-            rows (beams, or tokens laid out one after the other), each name stands for the rows in its place.
+        adapter_names: One name per row of the batch; `"__base__"` for none. Where a module sees the beams or the
+            tokens of the rows, laid out one after the other, each name stands for those in its place.
 
     Raises:
         ValueError: Training mode, a name that is no adapter, merged adapters, or a patch of parameters that are not
@@ -30,20 +30,22 @@ def rows_of(model: nn.Module, layers: Sequence[GraftLayer], adapter_names: Seque
     problems = list(_problems(model, layers, sorted({*adapter_names} - {BASE})))
     if problems:
         raise ValueError(" ".join(problems))
+    rows = Rows(adapter_names)
     with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(rows.see, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                handle = module.register_forward_pre_hook(_names_for(adapter_names), with_kwargs=True)
+                handle = module.register_forward_pre_hook(_names_for(rows), with_kwargs=True)
                 undo.callback(handle.remove)
         for layer in layers:
-            layer.rows = list(adapter_names)
+            layer.rows = rows
             undo.callback(setattr, layer, "rows", None)
         yield
 
 
-def _names_for(adapter_names: Sequence[str]) -> Any:
+def _names_for(rows: Rows) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "adapter_names": spread(adapter_names, len(args[0]), type(module).__name__)}
+        return args, {**kwargs, "adapter_names": rows.spread(len(args[0]), type(module).__name__)}
 
     return hook
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..deltas import Donor, ZerosDonor, resolve_names, stream
+
+if TYPE_CHECKING:
+    from .config import GraftConfig
+
+
+# For these tasks PEFT names the head in the config that the user passed, when the graft has long been made.
+_LATE_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def name_heads(config: GraftConfig) -> None:
+    """Name a task's head among the modules to save, as PEFT does, but before they are wrapped."""
+    heads = _LATE_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), [])
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
 class DonorHead(ModulesToSaveWrapper):

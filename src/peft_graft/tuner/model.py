@@ -22,6 +22,7 @@ from . import storage
 from .combine import combine, read_patch
 from .config import GraftConfig
 from .heads import copy_heads
+from .heads import name_heads
 from .layer import GraftLayer, GraftLinear
 from .making import PatchMaker, Target
 from .mask import GraftState
@@ -67,6 +68,7 @@ class GraftModel(PatchMaker, BaseTuner):
         """
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
+        name_heads(config)
         from_file = config.is_pretrained or state_dict is not None or low_cpu_mem_usage
         if config.donor is None and not from_file:
             raise DonorError(

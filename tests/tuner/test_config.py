@@ -27,6 +27,8 @@ from peft_graft.deltas import ModuleDonor
         ({"density": 0.1, "num_params": 5}, r"density and num_params must not both be given, got 0\.1 and 5"),
         ({"donor": 3}, "donor must be a directory, a Hub id, a module or 'zeros', got 3"),
         ({"selection": "best"}, r"selection must be one of \['fisher'.*got 'best'"),
+        ({"target_parameters": "a.weight"}, "target_parameters must be a list of names, got 'a.weight'"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
         ({"scope": "layer"}, r"scope must be one of \['global', 'tensor'\], got 'layer'"),
         ({"scope": "tensor", "num_params": 5}, "scope must be 'global' with num_params or a coarser granularity"),
         (

@@ -47,6 +47,19 @@ def test_a_state_dict_goes_from_one_model_to_another() -> None:
     assert same_bits(output(plain, batch), output(one, batch))
 
 
+def test_a_compiled_base_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
+    base = tiny_bert()
+    donor, batch = perturbed(base), inputs(base)
+    plain, compiled = (graft(model, donor, density=0.05) for model in (base, torch.compile(base)))
+    assert held(compiled) == held(plain)
+    wanted = output(plain, batch)
+    compiled.save_pretrained(tmp_path / "compiled")
+    assert same_bits(output(PeftModel.from_pretrained(base, tmp_path / "compiled"), batch), wanted)
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(torch.compile(tiny_bert()), tmp_path / "plain")
+    assert same_bits(output(loaded.merge_and_unload()._orig_mod, batch), wanted)
+
+
 def test_transformers_adds_switches_and_saves_a_graft(tmp_path: Path) -> None:
     base = tiny_bert()
     donor, batch = perturbed(base), inputs(base)

@@ -114,6 +114,9 @@ class GraftConfig(PeftConfig):
             and not hasattr(self.donor, "get")
         ):
             yield problem("donor", "a directory, a Hub id, a module or 'zeros'", "Pass the fine-tuned checkpoint.")
+        for what in ("target_parameters", "modules_to_save"):
+            if isinstance(getattr(self, what), str):
+                yield problem(what, "a list of names", "Put the name into brackets.")
         if self.selection not in RULES:
             yield problem("selection", f"one of {sorted(RULES)}", "Choose a rule of the table.")
         if self.scope not in _SCOPES:

@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..deltas import Donor, ZerosDonor, resolve_names, stream
+from .targets import COMPILED
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -76,6 +77,7 @@ def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
             continue
+        key = key.replace(COMPILED, "")
         copies = {f"{key}.{name}": value for name, value in module.modules_to_save[adapter_name].named_parameters()}
         if not copies.keys() <= held:
             continue

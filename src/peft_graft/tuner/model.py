@@ -21,14 +21,13 @@ from ..selection import resolve_budget
 from . import storage
 from .combine import combine, read_patch
 from .config import GraftConfig
-from .heads import copy_heads
-from .heads import name_heads
+from .heads import copy_heads, name_heads
 from .layer import GraftLayer, GraftLinear
 from .making import PatchMaker, Target
 from .mask import GraftState
 from .mixed import rows_of
 from .sidecar import SIDECAR, Sidecar
-from .targets import is_wrappable, refuse, resolve_targets
+from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 
 
 class GraftModel(PatchMaker, BaseTuner):
@@ -143,6 +142,7 @@ class GraftModel(PatchMaker, BaseTuner):
         if isinstance(target, GraftLayer):
             return target
         refuse(key, target)
+        key = key.replace(COMPILED, "")
         if not is_wrappable(target):
             sidecar = getattr(target, SIDECAR, None)
             if sidecar is None:

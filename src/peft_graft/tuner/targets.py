@@ -24,6 +24,8 @@ from .sidecar import SIDECAR
 if TYPE_CHECKING:
     from .config import GraftConfig
 
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model
+
 
 def is_wrappable(module: nn.Module) -> bool:
     """Whether the module is a unit: it owns parameters and no submodule of it does (or it is an attention unit)."""
@@ -71,9 +73,10 @@ def head_names(model: nn.Module) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     for key, module in model.named_modules():
+        name = f"{key}.".replace(COMPILED, "")
         if output is not None and module is output:
             heads.add(key)
-        elif backbone is not None and backbone is not model and key and not f"{key}.".startswith(f"{prefix}."):
+        elif backbone is not None and backbone is not model and key and not name.startswith(f"{prefix}."):
             heads.add(key)
     return heads
 

@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_graft"
 # From the ground up. A file, or a folder with all its files, imports from lower floors, never from beside or above.
 FLOORS = (
-    {"_register", "calibration", "codec", "donors", "selection"},
+    {"_register", "calibration", "codec", "donors", "naming", "selection"},
     {"deltas", "fingerprint", "metrics", "plots"},
     {"patch"},
-    {"compose", "geometry", "localization"},
+    {"card", "compose", "geometry", "localization"},
     {"tuner"},
     {"scoring"},
     {"hub", "training"},

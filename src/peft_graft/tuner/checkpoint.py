@@ -28,10 +28,10 @@ def _mark(model: Any, in_training: bool) -> None:
                 state.in_training = in_training
 
 
-def register_with_trainer() -> None:
-    """Add the callback to those that every Trainer starts with, once."""
-    from transformers import trainer  # imported late: only learned masks need it
+def register_with_trainer(callback: type[TrainerCallback] = MaskCheckpoint) -> None:
+    """Add a callback to those that every Trainer starts with, once."""
+    from transformers import trainer  # imported late: only who trains needs it
 
-    if MaskCheckpoint not in trainer.DEFAULT_CALLBACKS:
+    if callback not in trainer.DEFAULT_CALLBACKS:
         callbacks: list[type[TrainerCallback]] = trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
-        callbacks.append(MaskCheckpoint)
+        callbacks.append(callback)

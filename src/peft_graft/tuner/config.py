@@ -13,6 +13,8 @@ from peft.config import PeftConfig
 from torch import nn
 
 from .._register import GRAFT
+from ..card import refresh_card
+from ..naming import make_public
 from ..selection import RULES, get_rule
 
 _SCOPES = ("global", "tensor")
@@ -82,6 +84,8 @@ class GraftConfig(PeftConfig):
 
     # PEFT saves whole embeddings when they are targeted, unless the method is known to store single rows. Not a field.
     trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
+    # Whether what is saved goes to the Hub, so that it must not name local paths. Set by a Trainer's push. Not a field.
+    for_hub = False
 
     def __post_init__(self) -> None:
         """Validate all fields, collecting every offender."""
@@ -164,6 +168,16 @@ class GraftConfig(PeftConfig):
             if isinstance(result[key], set):
                 result[key] = sorted(result[key])
         return result
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; beside an adapter's tensors, the model card too.
+
+        PEFT writes the configuration last, so this is where the adapter is whole and its card can tell the truth.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.for_hub:
+            make_public(save_directory)
+        refresh_card(save_directory)
 
 
 def _is_number(value: object) -> bool:

@@ -26,6 +26,7 @@ from .layer import GraftLayer, GraftLinear
 from .making import PatchMaker, Target
 from .mask import GraftState
 from .mixed import rows_of
+from .publishing import keep_card, watch_trainers
 from .sidecar import SIDECAR, Sidecar
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 
@@ -65,6 +66,7 @@ class GraftModel(PatchMaker, BaseTuner):
             DonorError: The donor does not fit the base.
             SelectionError: The budget is impossible.
         """
+        watch_trainers()
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
         name_heads(config)
@@ -310,12 +312,14 @@ class GraftModel(PatchMaker, BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        keep_card(model)
         return storage.pack(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: GraftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        keep_card(model)
         with ExitStack() as undo:
             for tuner in model.modules():
                 if isinstance(tuner, cls) and tuner.states[adapter_name].awaits_file:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .card import CARD_FILE, WEIGHTS_FILE, Saved, adopt_edits, read_saved, refresh_card, save_card
@@ -116,9 +116,10 @@ def push(
         try:
             _open_repository(api, repo_id, private, revision, create_pr)
             _keep_published_text(api, repo_id, revision, staging / CARD_FILE)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staging,
+            # Not upload_folder, which may make several commits: a reader must never see half an adapter.
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(file.name, file) for file in sorted(staging.iterdir())],
                 revision=revision,
                 commit_message=commit_message or "Upload graft with peft-graft",
                 create_pr=create_pr,

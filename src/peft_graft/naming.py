@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 CONFIG_FILE = "adapter_config.json"
@@ -52,6 +54,29 @@ def recorded_name(directory: str | os.PathLike[str]) -> str | None:
 def public_base(name: str | None) -> str | None:
     """Return the public name of a base, which a local directory may have on record."""
     return public_name(name) or (recorded_name(name) if name else None)
+
+
+def cached_commit(name: str | None, revision: str | None) -> str | None:
+    """Return the commit that a model of the Hub was loaded at, as far as the cache can tell.
+
+    A loaded model does not say its commit. A revision that was asked for leads to it; without one it is certain only
+    where the cache holds a single commit.
+
+    Args:
+        name: What the model was loaded from.
+        revision: Branch, tag or commit that was asked for, None if unknown.
+
+    Returns:
+        The commit, or `revision` as it is.
+    """
+    if name is None or public_name(name) is None:
+        return revision
+    if revision is not None:
+        path = try_to_load_from_cache(name, "config.json", revision=revision)
+        return Path(path).parent.name if isinstance(path, str) else revision
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
+    return commits[0] if len(commits) == 1 else None
 
 
 def make_public(directory: str | os.PathLike[str]) -> None:

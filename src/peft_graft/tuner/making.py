@@ -10,6 +10,7 @@ from torch import nn
 
 from ..card import installed_versions
 from ..deltas import Donor, nothing_to_graft, open_donor, resolve_names, stream
+from ..naming import cached_commit
 from ..selection import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
 from .checkpoint import register_with_trainer
 from .heads import graft_heads
@@ -61,7 +62,7 @@ class PatchMaker:
         self.donors[adapter_name] = donor
         self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
         # Commits, where base and donor came from the Hub: a branch may move.
-        config.revision = config.revision or getattr(getattr(self.model, "config", None), "_commit_hash", None)
+        config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
         config.provenance = {"versions": installed_versions()}
         graft_heads(self.model, adapter_name, donor)

@@ -4,9 +4,9 @@
     accelerate launch examples/graft.py --base B --donor D \\
         --train train.jsonl --validation validation.jsonl --density 1e-4 --output_dir out
 
-prints base, donor and graft side by side; saves the adapter in `--output_dir` and `metrics.json` beside it, and loads
-the adapter back to check that its logits are the same. --train is split: some rows fit alpha, the others train (or
-score) the mask. --validation is only measured on.
+prints base, donor and graft side by side; saves the adapter in `--output_dir`, with a model card that tells what was
+measured and `metrics.json` beside it, and loads the adapter back to check that its logits are the same. --train is
+split: some rows fit alpha, the others train (or score) the mask. --validation is only measured on.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from transformers import (
 import tasks
 from make_donor import DonorArguments, make_donor
 from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
+from peft_graft.hub import write_card
 from peft_graft.metrics import Agreement
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -231,6 +232,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
     for name, found in (("base", logits), ("donor", donor_logits), ("graft", graft_logits)):
         decisions = {"predictions": found.argmax(-1).tolist(), "references": donor_logits.argmax(-1).tolist()}
         scores[name] |= Agreement().compute(**decisions)
+        lost = (logits.argmax(-1) == labels) & (found.argmax(-1) != labels)
+        scores[name]["forgotten"] = float(lost.float().mean())  # right with the base, wrong with this one
 
     if state.is_main_process:
         model.save_pretrained(out)
@@ -251,11 +254,15 @@ def run(args: GraftArguments) -> dict[str, Any]:
         "bytes": sum((out / name).stat().st_size for name in ADAPTER_FILES) if state.is_main_process else None,
         "seconds": round(seconds, 2),
         "labels": names,
+        "data": {"train": args.train, "validation": args.validation or args.train},
         "rows": {"train": len(train), "calibration": len(calibration), "validation": len(test)},
         "arguments": asdict(args),
         "versions": {name: version(name) for name in ("peft-graft", "torch", "transformers", "peft", "accelerate")},
     }
+    if args.validation not in (None, args.train) or embedded:
+        report["note"] = "The measured split was not used for the mask or for alpha."
     if state.is_main_process:
+        write_card(out, report)
         (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -285,6 +292,7 @@ def main() -> None:
     if PartialState().is_main_process:
         print("\n" + table(report))
         print(f"saved and reloaded with equal logits: {args.output_dir}/{', '.join(ADAPTER_FILES)}")
+        print(f"model card: {args.output_dir}/README.md")
 
 
 if __name__ == "__main__":

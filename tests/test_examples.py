@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import BertTokenizer
 
 import tasks
@@ -72,6 +73,12 @@ def test_graft_runs_saves_and_reports(world: dict[str, str], tmp_path: Path, sel
     assert report["donor"]["agreement"] == 1
     assert report["bytes"] == sum((tmp_path / name).stat().st_size for name in ADAPTER_FILES)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["alpha"] == report["alpha"]
+    card = ModelCard.load(tmp_path / "README.md")
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured["accuracy"] == pytest.approx(report["graft"]["accuracy"], abs=1e-6)
+    assert measured["donor_f1"] == pytest.approx(report["donor"]["f1"], abs=1e-6)
+    assert "`validation.jsonl`" in card.text and "skill_map.png" in card.text
+    assert not re.search(re.escape(str(Path(world["base"]).parents[1])), str(card))
     assert f"{report['entries']:,} of {report['eligible']:,} entries" in table(report)
 
 

@@ -94,7 +94,7 @@ def make_public(directory: str | os.PathLike[str]) -> None:
     path = Path(directory) / CONFIG_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
     base, donor = fields.get("base_model_name_or_path"), fields.get("donor")
-    clean = fields | {"provenance": _without_paths(fields.get("provenance"))}
+    clean = {name: _without_paths(value) if name == "provenance" else value for name, value in fields.items()}
     if base and not public_name(base):
         found = public_base(base)
         # A revision belongs to the name that it was given with.

@@ -95,7 +95,7 @@ def adopt_edits(card: ModelCard, published: ModelCard) -> ModelCard:
 
 def save_card(card: ModelCard, path: Path) -> None:
     """Write a card at once or not at all."""
-    replace_text(path, f"---\n{card.data.to_yaml()}\n---\n{card.text}")
+    replace_text(path, f"---\n{card.data.to_yaml()}\n---\n{card.text.rstrip()}\n")
 
 
 def _parts(text: str) -> dict[str, str]:

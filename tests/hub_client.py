@@ -182,6 +182,9 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between
     import torch
+    from transformers import Trainer  # noqa: F401 - all that takes time, while the other client starts too
+
+    import peft_graft.hub  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -57,8 +57,9 @@ def write_card(
     pictures = []
     if find_spec("matplotlib") is not None:
         place = locate(Patch.load(path / WEIGHTS_FILE))
-        skill_map(place.counts, place.layers, place.modules, label="entries").savefig(path / MAP_FILE)
-        pictures.append((MAP_FILE, "Entries of the patch, by layer (from the input, below, to the output) and module"))
+        percent = 100 * place.share
+        skill_map(percent, place.layers, place.modules, label="% of the patch").savefig(path / MAP_FILE)
+        pictures.append((MAP_FILE, "Percent of the entries, by layer (the input below, the output above) and module"))
         if recovery is not None:
             density_recovery(**recovery).savefig(path / RECOVERY_FILE)
             pictures.append((RECOVERY_FILE, "How much of the donor's score a patch keeps, by density"))

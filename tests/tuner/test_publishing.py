@@ -98,6 +98,7 @@ def test_a_trainer_s_card_becomes_ours_with_its_training_section(tmp_path: Path)
     trainer.create_model_card(tags=["mine"], dataset_tags="org/data", dataset="Data")
     card = ModelCard.load(tmp_path / "README.md")
     assert "## What it is" in card.text and "- learning_rate: 5e-05" in card.text
+    assert "More information needed" not in card.text
     assert {"mine", "graft", "generated_from_trainer"} <= {*card.data.tags}
     assert card.data.library_name == "peft" and card.data.datasets == ["org/data"]
     model.save_pretrained(tmp_path)

@@ -97,9 +97,14 @@ def _scores(metrics: Mapping[str, Any], name: str) -> dict[str, float]:
 
 def _measured_on(metrics: Mapping[str, Any]) -> str:
     """Name of the data that was measured on: a Hub id as it is, of a file only its name."""
-    data = metrics.get("data") or {}
+    data = _data(metrics)
     name = data.get("validation") or data.get("train") or "unnamed data"
     return _data_name(str(name))
+
+
+def _data(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Names of the data; examples/graft.py has always recorded them among its arguments too."""
+    return metrics.get("data") or metrics.get("arguments") or {}
 
 
 def _data_name(name: str) -> str:
@@ -150,7 +155,7 @@ def render(
 
 def _sentence_on_data(metrics: Mapping[str, Any]) -> str:
     """What was measured on, and what the mask and alpha come from."""
-    data, rows = metrics.get("data") or {}, metrics.get("rows") or {}
+    data, rows = _data(metrics), metrics.get("rows") or {}
     measured = f"{rows['validation']:,} rows of " if rows.get("validation") else ""
     text = [f"Measured on {measured}`{_cell(_measured_on(metrics))}`."]
     if data.get("train"):

@@ -38,7 +38,7 @@ def refresh_card(
     Args:
         directory: The adapter's directory. Nothing is done where it holds no whole graft.
         metrics: Scores in [0, 1] by model and name, `{"graft": {"accuracy": ...}, "base": ..., "donor": ...}`, as
-            in the `metrics.json` of examples/graft.py; `data` and `rows` may say what was measured on.
+            in the `metrics.json` of examples/graft.py; `data`, `rows` and `note` may say what was measured on.
         pictures: File name in the directory and caption.
         repo_id: Where it will be published, for the snippet.
         tags: Further tags.

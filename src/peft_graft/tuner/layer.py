@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..compose import align, scaled, spread, total
-from .mask import GraftState, Slot
+from .kernels import is_simple, patched_run
+from .mask import GraftState, Slot, straight_through
 from .rows import OnlyMetadata, Rows, run_by_row
+from .writing import is_traced, own_entries, patched_copy, restored, written
 
 # Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
 _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
@@ -115,14 +117,9 @@ class GraftLayer(nn.Module, BaseTunerLayer):
     # Patched values
 
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """The base's own values at these flat indices, also while merged."""
-        flat = self.base_parameter(param).detach().reshape(-1)
-        if param not in self._backup:
-            return flat[indices]
-        where, values = self._backup[param]
-        flat = flat.clone()
-        flat[where] = values.to(flat)
-        return flat[indices]
+        """The base's own values at these flat indices, also while a patch is on it."""
+        entries = own_entries(self.base_parameter(param), indices)
+        return restored(entries, indices, *self._backup[param]) if param in self._backup else entries
 
     def entries(
         self, adapter_name: str, param: str, training: bool = False
@@ -154,10 +151,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         full = donor if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
             return indices, full, None
-        exact = torch.where(mask, full, base)
-        # The straight-through estimator: the forward is the exact mask, the gradient that of the mask as a number.
-        through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
-        return indices, exact + through, mask
+        return indices, straight_through(logits, mask, base, donor, full, alpha), mask
 
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False
@@ -188,42 +182,53 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         owner, owned = self.aliases.get(param, (self, param))
         return adapter_name in owner.graft_patch and owner.keys[owned] in owner.slot(adapter_name).params
 
-    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
-        """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
+    def effective_entries(
+        self, param: str, adapter_names: list[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What these patches (None: the active ones) put where, or None where the parameter is to stay as it is."""
         owner, owned = self.aliases.get(param, (self, param))
         if owner.merged or owner.disable_adapters:
             return None
         names = owner.active_adapters if adapter_names is None else adapter_names
         # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
-        found = owner.joint_entries(names, owned, training=torch.is_grad_enabled())
-        if found is None:
-            return None
-        base = self.base_parameter(param)
-        indices, values = found
-        return base.reshape(-1).index_put((indices,), values).view(base.shape)
+        return owner.joint_entries(names, owned, training=torch.is_grad_enabled())
+
+    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
+        """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
+        found = self.effective_entries(param, adapter_names)
+        return None if found is None else patched_copy(self.base_parameter(param), *found)
 
     @contextmanager
-    def patched(self, adapter_names: list[str] | None = None) -> Iterator[None]:
-        """Let the wrapped module see parameters patched by these adapters; None for the active ones.
+    def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
+        """The wrapped module, with parameters patched by these adapters; None for the active ones.
 
-        An instance attribute shadows a registered parameter; unlike functional_call this also holds under FSDP.
+        Where no gradient is wanted, they are patched where they are. Else a patched copy shadows the registered
+        parameter as an instance attribute; unlike functional_call this also holds under FSDP.
         """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.graft_patch:
-                self.states[name].check(name)
-        base, shadowed = self.get_base_layer(), []
-        try:
+        self._check(adapter_names)
+        module = self.get_base_layer()
+        simple = is_simple(module) and not is_traced()
+        with ExitStack() as undo:
             for param in self.keys:
-                tensor = self.effective(param, adapter_names)
-                if tensor is not None:
-                    module, _, name = param.rpartition(".")
-                    owner = base.get_submodule(module)
-                    owner.__dict__[name] = tensor
-                    shadowed.append((owner, name))
-            yield
-        finally:
-            for owner, name in shadowed:
-                del owner.__dict__[name]
+                found = self.effective_entries(param, adapter_names)
+                if found is None:
+                    continue
+                tensor = parameter = self.base_parameter(param)
+                if simple and not torch.is_grad_enabled():
+                    owner, owned = self.aliases.get(param, (self, param))
+                    who = (id(owner), owned, *(owner.active_adapters if adapter_names is None else adapter_names))
+                    tensor = undo.enter_context(written(parameter, *found, owner=who))
+                else:
+                    tensor = patched_copy(parameter, *found)
+                if tensor is parameter:
+                    continue
+                if simple and module is self.get_base_layer():
+                    module = copy.copy(module)  # shares the parameters; other threads do not see the attribute
+                inside, _, name = param.rpartition(".")
+                holder = module.get_submodule(inside)
+                holder.__dict__[name] = tensor
+                undo.callback(holder.__dict__.pop, name)
+            yield module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module on patched parameters."""
@@ -232,16 +237,30 @@ class GraftLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.rows is not None:
-            return run_by_row(self._run, self.rows, args, kwargs, self.tensor_prefix, self._patches)
-        with self.patched():
-            return self.base_layer(*args, **kwargs)
+            return run_by_row(
+                lambda name, *own, **named: self._run([name], own, named),
+                self.rows, args, kwargs, self.tensor_prefix, self._patches,
+            )  # fmt: skip
+        return self._run(None, args, kwargs)
+
+    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled() and not is_traced() and len(args) == 1 and not kwargs:
+            run = patched_run(self.base_layer)
+            weight = run and self.effective_entries("weight", adapter_names)
+            if run and weight:
+                self._check(adapter_names)
+                bias = self.effective_entries("bias", adapter_names) if "bias" in self.keys else None
+                return run(self.base_layer, args[0], weight, bias)
+        with self.patched(adapter_names) as module:
+            return module(*args, **kwargs)
 
     def _patches(self, adapter_name: str) -> bool:
         return any(self.has_entries(adapter_name, param) for param in self.keys)
 
-    def _run(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        with self.patched([adapter_name]):
-            return self.base_layer(*args, **kwargs)
+    def _check(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.graft_patch:
+                self.states[name].check(name)
 
     # Merging
 

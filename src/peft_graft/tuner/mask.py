@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from ..selection import SelectionError, top_k_mask
 
 if TYPE_CHECKING:
     from .config import GraftConfig
+
+_version = operator.attrgetter("_version")
 
 
 class Slot(nn.Module):
@@ -98,7 +101,8 @@ class GraftState:
         self._members: dict[str, tuple[Slot, str]] = {}
         self._magnitudes: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
-        self._versions: tuple[tuple[Any, ...], ...] = ()
+        self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
+        self._versions = 0
 
     def register(self, name: str, slot: Slot, param: str, magnitudes: torch.Tensor) -> None:
         """Let the budget span the logits of this tensor.
@@ -121,7 +125,7 @@ class GraftState:
 
     def invalidate(self) -> None:
         """Forget the mask, for changes of the logits that their version counters do not show."""
-        self._versions = ()
+        self._seen = {}
 
     def check(self, adapter_name: str) -> None:
         """Say so, where the adapter runs without its patch.
@@ -177,11 +181,14 @@ class GraftState:
 
     def mask(self, name: str) -> torch.Tensor:
         """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors."""
-        logits = self.logits()
-        versions = tuple((id(values), values._version, values.device) for values in logits.values())
-        if versions != self._versions:
+        slot, param = self._members[name]
+        own = slot.logits(param)
+        # Every layer asks at every step, so it must be cheap to see that nothing changed.
+        known = own is not None and self._seen.get(name) is own and self._masks[name].device == own.device
+        if not known or sum(map(_version, self._seen.values())) != self._versions:
+            logits = self.logits()
             self._masks = self.masks_of({key: values.detach() for key, values in logits.items()})
-            self._versions = versions
+            self._seen, self._versions = logits, sum(map(_version, logits.values()))
         return self._masks[name]
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -213,3 +220,54 @@ class GraftState:
         everything = torch.cat([score.to(device) for score in scores])
         masks = top_k_mask(everything, self.budget or 0).split([score.numel() for score in scores])
         return {name: mask.to(logits[name].device) for name, mask in zip(names, masks, strict=True)}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The exact mask forward, the gradient of the mask as a number backward: alpha * (donor - base)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        mask: torch.Tensor,
+        base: torch.Tensor,
+        donor: torch.Tensor,
+        full: torch.Tensor,
+        alpha: float,
+    ) -> torch.Tensor:
+        ctx.alpha = alpha
+        ctx.save_for_backward(base, donor)
+        return torch.where(mask, full, base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        base, donor = ctx.saved_tensors
+        slope = (donor.float() - base.float()).mul_(ctx.alpha)
+        return slope.mul_(grad), None, None, None, None, None
+
+
+def straight_through(
+    logits: torch.Tensor,
+    mask: torch.Tensor,
+    base: torch.Tensor,
+    donor: torch.Tensor,
+    full: torch.Tensor,
+    alpha: float | torch.Tensor,
+) -> torch.Tensor:
+    """Take the entries of the mask, and let gradients reach the logits of all candidates.
+
+    Args:
+        logits: Mask logits, float32 [n].
+        mask: Which candidates are taken, bool [n].
+        base: The base's values, float [n].
+        donor: The donor's values, float [n].
+        full: What a taken entry becomes, float [n].
+        alpha: Scale of the patch.
+
+    Returns:
+        Values, float [n], still to be rounded to the base's dtype.
+    """
+    if not isinstance(alpha, torch.Tensor):
+        return _StraightThrough.apply(logits, mask, base, donor, full, alpha)
+    through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
+    return torch.where(mask, full, base) + through

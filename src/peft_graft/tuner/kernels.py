@@ -1,0 +1,237 @@
+"""Patched layers under autograd: gradients at the candidates only, and no copy of a weight is made or kept."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .writing import patched_copy, written
+
+Kernel = Literal["gathered", "sampled", "dense"]
+
+# Their forward is one function of input, weight and bias, and returns no view of these.
+_SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Costs(NamedTuple):
+    """What the gradient costs per token, in any unit: only ratios matter (`benchmarks/mask_kernels.py`)."""
+
+    dense: float  # per entry of the weight: a matrix product that computes all of them
+    transposed: float  # per row and column: laying out what the product at single entries reads
+    sampled: float  # per candidate: that product
+    gathered: float  # per candidate: gathering both factors
+
+
+_COSTS = {
+    "float": Costs(dense=0.009, transposed=0.8, sampled=0.06, gathered=0.9),
+    "half": Costs(dense=0.002, transposed=0.8, sampled=0.06, gathered=1.2),
+}
+_ELSEWHERE = Costs(dense=1, transposed=float("inf"), sampled=float("inf"), gathered=7000)
+_TOKENS = 256  # at a time: what is laid out or gathered stays in the cache, and below a weight's size
+_GATHERED = 1 << 17  # entries of a factor at a time, for the same reason
+
+
+def choose_kernel(candidates: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Choose how to compute the gradient of a weight at its candidates.
+
+    All costs are proportional to the number of tokens, so it does not matter.
+
+    Args:
+        candidates: Number of entries whose gradient is wanted.
+        shape: Of the weight.
+        device: Where it is.
+        dtype: Of the factors.
+
+    Returns:
+        `"gathered"`, columns of both factors, multiplied and summed; `"sampled"`, a matrix product at single entries;
+        or `"dense"`, the whole gradient and then its entries.
+    """
+    if device.type == "cpu":
+        costs = _COSTS["float" if dtype in (torch.float32, torch.float64) else "half"]
+    else:
+        costs = _ELSEWHERE
+    times: dict[Kernel, float] = {
+        "gathered": costs.gathered * candidates,
+        "sampled": costs.transposed * sum(shape) + costs.sampled * candidates,
+        "dense": costs.dense * shape[0] * shape[1],
+    }
+    if not _can_sample():
+        del times["sampled"]
+    return min(times, key=lambda kernel: times[kernel])
+
+
+@functools.cache
+def _can_sample() -> bool:
+    """Whether this build of torch has the sampled product on the CPU; also takes its warning about sparse tensors."""
+    pattern, one = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1)), torch.ones(1, 1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            torch.sparse.sampled_addmm(torch.sparse_csr_tensor(*pattern, size=(1, 1)), one, one)
+        except RuntimeError:
+            return False
+    return True
+
+
+def product_at(
+    left: torch.Tensor, right: torch.Tensor, indices: torch.Tensor, kernel: Kernel | None = None
+) -> torch.Tensor:
+    """Entries of left^T @ right, summed over tokens in float32 or more precisely.
+
+    Args:
+        left: Float [tokens, rows].
+        right: Float [tokens, columns], same dtype.
+        indices: Flat indices into [rows, columns], int64 [n], increasing.
+        kernel: How, where this build of torch can; None for the fastest.
+
+    Returns:
+        Float [n], float64 where the factors are, else float32.
+    """
+    shape = (left.shape[1], right.shape[1])
+    if kernel is None or (kernel == "sampled" and not _can_sample()):
+        kernel = choose_kernel(len(indices), shape, left.device, left.dtype)
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if kernel == "dense":
+        return (left.t() @ right).view(-1)[indices].to(wide)
+    columns = indices % shape[1]
+    if kernel == "sampled":
+        starts = torch.searchsorted(indices, torch.arange(0, shape[0] + 1, device=indices.device) * shape[1])
+        sums = torch.zeros(len(indices), dtype=wide, device=left.device)
+        result = torch.sparse_csr_tensor(starts, columns, sums, size=shape, check_invariants=False)
+        for part, other in zip(left.split(_TOKENS), right.split(_TOKENS), strict=True):
+            torch.sparse.sampled_addmm(result, part.to(wide).t(), other.to(wide), out=result)
+        return result.values()
+    rows = indices // shape[1]
+    total = torch.zeros(len(indices), dtype=wide, device=left.device)
+    tokens = max(1, _GATHERED // max(1, len(indices)))
+    for part, other in zip(left.split(tokens), right.split(tokens), strict=True):
+        products = part.to(wide).index_select(1, rows).mul_(other.to(wide).index_select(1, columns))
+        total.addmv_(products.t(), products.new_ones(len(products)))
+    return total
+
+
+class _PatchedLinear(torch.autograd.Function):
+    """y = x W^T + b (x W + b for Conv1D) with patches on W and b, whose gradients are taken only where these are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        bias_indices: torch.Tensor | None,
+        bias_values: torch.Tensor | None,
+        transposed: bool,
+    ) -> torch.Tensor:
+        ctx.transposed = transposed
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight, indices, values, bias_indices)
+        if bias is not None and bias_indices is not None and bias_values is not None:
+            bias = patched_copy(bias, bias_indices, bias_values)
+        with written(weight, indices, values) as patched:
+            if bias is None or not transposed:  # Conv1D has a bias
+                return F.linear(x, patched, bias)
+            return torch.addmm(bias, x.view(-1, x.size(-1)), patched).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, indices, values, bias_indices = ctx.saved_tensors
+        grads: list[torch.Tensor | None] = [None] * 8
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            with written(weight, indices, values) as patched:
+                patched = patched.to(grad.dtype)
+                grads[0] = grad @ (patched.t() if ctx.transposed else patched)
+        if ctx.needs_input_grad[4]:
+            inputs = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            left, right = (inputs, rows) if ctx.transposed else (rows, inputs)
+            grads[4] = product_at(left, right, indices).to(values.dtype)
+        if ctx.needs_input_grad[6]:
+            few = 8 * len(bias_indices) < rows.shape[1]
+            grads[6] = rows.index_select(1, bias_indices).sum(0) if few else rows.sum(0)[bias_indices]
+        return tuple(grads)
+
+
+class _PatchedEmbedding(torch.autograd.Function):
+    """Rows of W with a patch on it; the gradient of W only where the patch is, by way of the rows looked up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: torch.Tensor,
+        weight: torch.Tensor,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        padding: int | None,
+    ) -> torch.Tensor:
+        ctx.padding, ctx.dtype = padding, values.dtype
+        ctx.save_for_backward(ids, indices)
+        with written(weight, indices, values) as patched:
+            return F.embedding(ids, patched)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ids, indices = ctx.saved_tensors
+        width = grad.shape[-1]
+        rows = grad.reshape(-1, width).to(torch.promote_types(grad.dtype, torch.float32))
+        looked_up, where = ids.reshape(-1).unique(return_inverse=True)
+        sums = rows.new_zeros(len(looked_up), width).index_add_(0, where, rows)
+        if ctx.padding is not None:
+            sums[looked_up == ctx.padding] = 0
+        wanted = indices // width
+        at = torch.searchsorted(looked_up, wanted).clamp_(max=len(looked_up) - 1)
+        found = torch.where(looked_up[at] == wanted, sums[at, indices % width], 0)
+        return None, None, None, found.to(ctx.dtype), None
+
+
+def is_simple(module: nn.Module) -> bool:
+    """Whether the module's output is computed anew from its parameters, and nobody else looks at these meanwhile."""
+    # The experts of transformers have this mark, whichever class they are.
+    known = type(module) in _SIMPLE or "_is_expert_parallel" in vars(module)
+    return known and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """Find the kernel that runs a module with a patch on its weight.
+
+    Args:
+        module: A wrapped module.
+
+    Returns:
+        A function of (module, input, patch of the weight, patch of the bias or None) that returns what the module
+        returns; a patch is a pair of indices and values. None where there is none, so that the module itself must run
+        on a patched copy.
+    """
+    if not is_simple(module) or any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    if isinstance(module, nn.Linear | Conv1D):
+        return _run_linear
+    if isinstance(module, nn.Embedding) and not (module.max_norm or module.scale_grad_by_freq or module.sparse):
+        return _run_embedding
+    return None
+
+
+_Part = tuple[torch.Tensor, torch.Tensor]
+
+
+def _run_linear(module: Any, x: torch.Tensor, weight: _Part, bias: _Part | None) -> torch.Tensor:
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # here, so that autograd sees it and keeps it so
+    patches = *weight, *(bias or (None, None))
+    return _PatchedLinear.apply(x, module.weight, module.bias, *patches, isinstance(module, Conv1D))
+
+
+def _run_embedding(module: Any, ids: torch.Tensor, weight: _Part, bias: None) -> torch.Tensor:
+    return _PatchedEmbedding.apply(ids, module.weight, *weight, module.padding_idx)

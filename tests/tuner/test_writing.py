@@ -1,0 +1,248 @@
+"""A patch in the base's own storage: there while a module runs, gone afterwards, and nobody else sees it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from grafts import MLP, assert_same, graft, output, parameters, same_bits
+from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_mixtral
+from peft_graft import GraftConfig
+from peft_graft.tuner import writing
+from peft_graft.tuner.kernels import is_simple
+from peft_graft.tuner.writing import can_write, own_entries, patched_copy, written
+
+WIDE = 192  # 192 x 192 entries: wide enough to be patched in place
+
+
+class Wide(nn.Module):
+    """A Linear and an Embedding that are patched in place, and a module that returns a view of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WIDE, WIDE)
+        self.linear = nn.Linear(WIDE, WIDE)
+        self.positions = Positions()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embedding(ids)) + self.positions(ids)
+
+
+class Positions(nn.Module):
+    """As in Whisper: what comes out is a view of the weight, read when the module is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDE, WIDE))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[: ids.shape[1]]
+
+
+IDS = torch.arange(12).view(3, 4)
+
+
+class Watch(TorchFunctionMode):
+    """Notes the addresses of the weights that linear layers and embeddings read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.linear, nn.functional.embedding):
+            self.read.append(args[1].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+def grafted(alpha: float = 1.0, **options: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    base = Wide()
+    donor = perturbed(base, scale=0.5)
+    return base, donor, graft(base, donor, density=0.01, target_modules="all", alpha=alpha, **options).eval()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_the_forward_reads_the_bases_own_storage_and_leaves_its_bits(alpha: float, context: Any) -> None:
+    base, _, model = grafted(alpha)
+    weights = [model.get_parameter(f"base_model.model.{name}.base_layer.weight") for name in ("embedding", "linear")]
+    versions = [weight._version for weight in weights]
+    with context():
+        with Watch() as watch:
+            unmerged = model(IDS)
+        assert watch.read == [weight.data_ptr() for weight in weights]
+        merged = copy.deepcopy(model)
+        merged.merge_adapter()
+        assert torch.equal(unmerged, merged(IDS)) and not torch.equal(unmerged, base(IDS))
+    assert [weight._version for weight in weights] == versions
+    assert not writing._holds
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_a_view_of_a_weight_that_leaves_its_module_is_patched() -> None:
+    base = nn.Sequential(Positions())
+    donor = perturbed(base)
+    assert not is_simple(base[0])
+    model = graft(base, donor, density=1.0)
+    with torch.no_grad():
+        assert torch.equal(model(IDS), donor(IDS))
+
+
+def test_experts_are_patched_in_place() -> None:
+    model = tiny_mixtral()
+    assert [name for name, module in model.named_modules() if is_simple(module) and name.endswith("experts")]
+
+
+def test_an_error_in_the_middle_takes_the_patch_off() -> None:
+    base, _, model = grafted()
+    wanted = output(model, IDS)
+    with torch.no_grad(), pytest.raises(IndexError):
+        model(torch.tensor([[WIDE]]))
+    assert not writing._holds
+    assert same_bits(output(model, IDS), wanted)
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_a_graph_made_before_an_evaluation_is_still_right() -> None:
+    """Evaluation between forward and backward must neither raise nor change what backward reads."""
+    base, _, model = grafted(selection="learned", candidates=2)
+    gradients = []
+    for evaluate in (False, True):
+        model.train().zero_grad()
+        loss = model(IDS).square().sum()
+        if evaluate:
+            output(model, IDS)
+            model.train()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# Who may be written to
+
+
+def test_what_others_may_see_is_not_written_to() -> None:
+    weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+    assert can_write(weight)
+    assert not can_write(nn.Parameter(weight))  # autograd or autocast may keep it
+    assert not can_write(weight.t())
+    assert not can_write(weight.to("meta"))
+    shared = nn.Parameter(weight.clone(), requires_grad=False)
+    shared.share_memory_()
+    assert not can_write(shared)
+    with torch.inference_mode():
+        made = torch.zeros(4, 4)
+        assert can_write(made)
+    assert not can_write(made)
+
+
+@pytest.mark.parametrize("how", ["requires grad", "shared", "channels last"])
+def test_such_parameters_run_as_a_copy(how: str) -> None:
+    if how == "channels last":
+        base = nn.Sequential(nn.Conv2d(32, 64, 3)).to(memory_format=torch.channels_last)
+        x = torch.randn(1, 32, 5, 5)
+    else:
+        base, x = nn.Sequential(nn.Linear(WIDE, WIDE)), torch.randn(2, WIDE)
+    model = graft(base, perturbed(base, scale=0.5), density=0.1)
+    merged = copy.deepcopy(model).merge_and_unload() if how != "channels last" else None
+    weight = model.get_parameter("base_model.model.0.base_layer.weight")
+    before = weight.clone()
+    if how == "shared":
+        model.share_memory()
+    elif how == "requires grad":
+        weight.requires_grad_()
+    with torch.no_grad():
+        patched = model(x)
+        assert not torch.equal(patched, base(x))
+        assert merged is None or torch.equal(patched, merged(x))
+    assert same_bits(weight, before)
+
+
+def test_the_copy_of_a_patched_parameter_starts_from_its_own_bits() -> None:
+    weight = torch.arange(6.0)
+    one, two = torch.tensor([0, 2, 5]), torch.tensor([2, 3])
+    with written(weight, one, torch.tensor([-1.0, -2.0, -3.0]), owner="one") as patched:
+        assert patched is weight and weight.tolist() == [-1, 1, -2, 3, 4, -3]
+        assert own_entries(weight, torch.arange(6)).tolist() == [0, 1, 2, 3, 4, 5]
+        assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
+        assert patched_copy(weight, two, torch.tensor([7.0, 8.0])).tolist() == [0, 1, 7, 8, 4, 5]
+        with written(weight, two, torch.tensor([7.0, 8.0]), owner="two") as other:
+            assert other.tolist() == [0, 1, 7, 8, 4, 5] and weight.tolist() == [-1, 1, -2, 3, 4, -3]
+        with written(weight, one, torch.tensor([-1.0, -2.0, -3.0]), owner="one") as again:
+            assert again is weight
+        assert weight.tolist() == [-1, 1, -2, 3, 4, -3]
+    assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not writing._holds
+    with written(weight, one[:0], torch.zeros(0)) as empty:
+        assert own_entries(empty, one).tolist() == [0, 2, 5]
+
+
+def test_threads_share_one_model() -> None:
+    base, _, model = grafted()
+    wanted, wrong = output(model, IDS), []
+
+    def serve() -> None:
+        with torch.no_grad():
+            wrong.extend(turn for turn in range(40) if not torch.equal(model(IDS), wanted))
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and not writing._holds
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_models_that_share_their_weights_keep_their_patches_apart() -> None:
+    base = Wide()
+    models = []
+    for seed in (1, 2):
+        clone = copy.deepcopy(base)
+        for name, parameter in base.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(clone.get_submodule(owner), leaf, parameter)
+        donor = perturbed(base, scale=0.5, seed=seed)
+        models.append(graft_in_place(clone, donor).eval())
+    wanted, wrong = [output(model, IDS) for model in models], []
+    assert not torch.equal(*wanted)
+
+    def serve(which: int) -> None:
+        with torch.no_grad():
+            wrong.extend(turn for turn in range(40) if not torch.equal(models[which](IDS), wanted[which]))
+
+    threads = [threading.Thread(target=serve, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def graft_in_place(base: nn.Module, donor: nn.Module) -> nn.Module:
+    from peft import get_peft_model
+
+    return get_peft_model(base, GraftConfig(donor=donor, density=0.01, target_modules="all"))
+
+
+# Compilers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("make", [MLP, tiny_bert, tiny_gpt2])
+def test_a_loaded_graft_compiles_without_a_break(make: Any, grad: bool) -> None:
+    base = make()
+    batch = {"x": torch.randn(5, 4)} if make is MLP else inputs(base)
+    batch.pop("labels", None)
+    model = graft(base, perturbed(base), density=0.1).eval()
+    torch.compiler.reset()
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        eager = model(**batch)
+    assert torch.equal(getattr(compiled, "logits", compiled), getattr(eager, "logits", eager))

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from grafts import graft
 from models import perturbed, tiny_bert, tiny_gpt2
-from peft_graft import PatchError
+from peft_graft import GraftConfig, PatchError
 from peft_graft.card import adopt_edits, read_saved, refresh_card
 from peft_graft.hub import push, write_card
+from peft_graft.naming import make_public
 
 METRICS = {
     "base": {"accuracy": 0.5, "f1": 0.25, "ece": 0.125, "agreement": 0.5625, "loss": 1.0},
@@ -191,6 +192,25 @@ def test_zeros_and_alphas_by_tensor_are_told(tmp_path: Path) -> None:
     assert facts(card.text)["alpha"] == "one per tensor, 0.5 to 2"
     assert card.data.pipeline_tag == "text-generation"
     assert "num_labels" not in card.text
+
+
+def test_a_combined_graft_names_all_its_donors(tmp_path: Path) -> None:
+    base = tiny_bert()
+    model = graft(base, "zeros", density=0.05, task_type="SEQ_CLS")
+    model.add_adapter("other", GraftConfig(donor=perturbed(base), density=0.05, task_type="SEQ_CLS"))
+    model.peft_config["other"].donor = str(tmp_path)
+    model.base_model.add_weighted_adapter(
+        ["default", "other"], [1.0, 0.5], "both", combination_type="linear", modules_to_save_from="other"
+    )
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    told = facts((tmp_path / "both" / "README.md").read_text())["donor"]
+    count = model.peft_config["default"].entries
+    assert told.startswith(
+        f"combined (`linear`): 1.0 x {count} entries, donor zeros (the entries become 0); 0.5 x {count}"
+    )
+    assert told.endswith("donor not published (a local directory or a model in memory)")
+    make_public(tmp_path / "both")
+    assert str(tmp_path) not in (tmp_path / "both" / "adapter_config.json").read_text()
 
 
 def test_names_cannot_break_out_of_the_table(tmp_path: Path) -> None:

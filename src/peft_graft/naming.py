@@ -105,7 +105,7 @@ def make_public(directory: str | os.PathLike[str]) -> None:
             "Set it in model.peft_config[...] or adapter_config.json to let others find the base.",
             stacklevel=3,
         )
-    if donor and not public_name(donor):
+    if donor and donor != "zeros" and not public_name(donor):
         clean |= {"donor": None, "donor_revision": None}
     if clean != fields:
         replace_text(path, json.dumps(clean, indent=2, sort_keys=True))
@@ -123,7 +123,10 @@ def replace_text(path: Path, text: str) -> None:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_paths(part) for key, part in value.items()}
+        # The donors of a combined graft: a relative path looks like the id of a repository.
+        local = isinstance(value.get("donor"), str) and value["donor"] != "zeros" and not public_name(value["donor"])
+        clean = {key: _without_paths(part) for key, part in value.items()}
+        return clean | {"donor": None, "donor_revision": None} if local else clean
     if isinstance(value, list):
         return [_without_paths(part) for part in value]
     return None if isinstance(value, str) and is_path(value) else value

@@ -177,9 +177,7 @@ def _facts(saved: Saved) -> list[tuple[str, str]]:
         "fingerprint of the base": fingerprint
         and f"`{fingerprint.get('sha256', '')[:16]}` over {fingerprint.get('count', 0):,} entries "
         f"in {fingerprint.get('dtype')}",
-        "donor": "zeros (the entries become 0)"
-        if config.get("donor") == "zeros"
-        else _named(public_name(config.get("donor")), config.get("donor_revision")),
+        "donor": _donor(config),
         "rule": "`{selection}`, scope `{scope}`, granularity `{granularity}`".format_map(rule),
         "density": config.get("density"),
         "entries": "candidates of a mask in training, not a finished patch"
@@ -195,6 +193,18 @@ def _facts(saved: Saved) -> list[tuple[str, str]]:
         "seed": config.get("seed"),
     }
     return [(name, _cell(value)) for name, value in found.items() if value not in (None, "", {})]
+
+
+def _donor(config: Mapping[str, Any]) -> str:
+    """Where the values come from: a model, zeros, or the grafts that this one was combined of."""
+    parts = (config.get("provenance") or {}).get("adapters")
+    if parts:
+        how = config["provenance"].get("combination_type")
+        named = (f"{part.get('weight')} x {part.get('entries'):,} entries, donor {_donor(part)}" for part in parts)
+        return f"combined (`{how}`): {'; '.join(named)}"
+    if config.get("donor") == "zeros":
+        return "zeros (the entries become 0)"
+    return _named(public_name(config.get("donor")), config.get("donor_revision"))
 
 
 def _largest(saved: Saved, rows: int = 5) -> list[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 # The first of these that is Python >= 3.11 and can make environments; choose another with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
@@ -14,9 +14,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lowest style quality bench clean
+.PHONY: help install demo app docs test lowest style quality bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +34,16 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP) ## Make a donor on the built-in task, graft its skill, reload it; offline, results in demo_out/
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/graft.py --output_dir demo_out $(DEMO_ARGS)
+
+app: $(VENV)/.app ## Explore the demo's donor in a browser (APP_ARGS="--base B --donor D --train T --validation V" for yours)
+	$(BIN)/python examples/app.py $(APP_ARGS)
+
+docs: $(VENV)/.docs ## Build the site, to be read at site/index.html; broken links and references fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.app $(VENV)/.docs: $(VENV)/.%: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 2" for two at a time, "-m slow" for the slow ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -54,5 +65,5 @@ bench: $(STAMP) ## Run every script in benchmarks/
 		if [ -f "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; done
 
 clean: ## Remove the environment, the demo's results and all caches
-	rm -rf $(VENV) .venv-lowest demo_out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest demo_out site dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,11 +8,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 
+from grafts import graft, held
 from models import perturbed, tiny_bert
 from peft_graft import RULES, DonorError, GraftConfig
 from peft_graft.deltas import ModuleDonor
+from peft_graft.selection import Rule, magnitude
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,17 @@ def test_a_config_survives_saving(tmp_path: Path) -> None:
     assert type(loaded) is GraftConfig
     assert loaded.to_dict() == config.to_dict() | {"peft_version": loaded.peft_version}
     assert loaded.target_modules == {"query", "dense"}
+
+
+def test_who_loads_a_patch_need_not_know_its_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "own", Rule("own", "weights", magnitude, "somebody's rule"))
+    base = tiny_bert()
+    model = graft(base, perturbed(base), density=0.1, selection="own")
+    model.save_pretrained(tmp_path)
+    monkeypatch.delitem(RULES, "own")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert held(loaded) == held(model)
+    assert loaded.peft_config["default"].selection == "own" and not loaded.peft_config["default"].needs_data
 
 
 def test_the_json_is_the_same_for_every_order_of_the_names(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from .._register import GRAFT
 from ..card import refresh_card
 from ..naming import make_public
-from ..selection import RULES, get_rule
+from ..selection import RULES
 
 _SCOPES = ("global", "tensor")
 _GRANULARITIES = ("entry", "tensor", "layer")
@@ -121,7 +121,7 @@ class GraftConfig(PeftConfig):
         for what in ("target_parameters", "modules_to_save"):
             if isinstance(getattr(self, what), str):
                 yield problem(what, "a list of names", "Put the name into brackets.")
-        if self.selection not in RULES:
+        if self.selection not in RULES and not self.is_pretrained:  # who loads a patch need not know its rule
             yield problem("selection", f"one of {sorted(RULES)}", "Choose a rule of the table.")
         if self.scope not in _SCOPES:
             yield problem("scope", f"one of {list(_SCOPES)}", "Use 'global' for one exact budget.")
@@ -151,7 +151,8 @@ class GraftConfig(PeftConfig):
     @property
     def needs_data(self) -> bool:
         """Whether `initialize_graft` must see data before the graft is complete."""
-        waits = self.selection == "sigmoid" or get_rule(self.selection).needs not in ("weights", "training")
+        rule = RULES.get(self.selection)
+        waits = rule is not None and (rule.name == "sigmoid" or rule.needs not in ("weights", "training"))
         return waits or self.alpha == "auto"
 
     def to_dict(self) -> dict[str, Any]:

@@ -235,3 +235,39 @@ def test_autograd_keeps_no_copy_of_a_weight() -> None:
         model(**batch)
     assert any(tensor.data_ptr() in weights for tensor in kept)  # the base's own, by reference
     assert [tensor.shape for tensor in kept if tensor.numel() in linears and tensor.data_ptr() not in weights] == []
+
+
+class Overwrites(nn.Module):
+    """Writes to what its layers return, as DeBERTa does."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.unit(x)
+        y /= 2
+        z = y.view(-1, y.shape[-1]).t()
+        z += 1
+        return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_a_model_may_write_to_what_a_layer_returns(kind: str, bias: bool) -> None:
+    unit = {"linear": nn.Linear(4, 3, bias=bias), "conv1d": Conv1D(3, 4), "embedding": nn.Embedding(5, 3)}[kind]
+    x = torch.randint(5, (2, 3)) if kind == "embedding" else torch.randn(2, 3, 4)
+    plain = Overwrites(unit)
+    model = graft(plain, perturbed(plain, scale=0.3), density=0.5, selection="learned", target_modules=["unit"])
+    with torch.no_grad():
+        wanted = model(x)
+    trained = model.train()(x)
+    assert torch.equal(trained, wanted)
+    trained.square().sum().backward()
+    candidates = model.base_model.model.unit.graft_patch["default"].indices("weight")
+    logits = model.base_model.states["default"].logits()["unit.weight"]
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(model.merge_and_unload().state_dict())
+    merged(x).square().sum().backward()
+    delta = (perturbed(plain, scale=0.3).unit.weight - plain.unit.weight).detach()
+    assert torch.allclose(logits.grad, (merged.unit.weight.grad * delta).flatten()[candidates], atol=1e-5)

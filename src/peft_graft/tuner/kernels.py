@@ -119,6 +119,11 @@ def product_at(
     return total
 
 
+def _own(result: torch.Tensor) -> torch.Tensor:
+    """The result without the mark of a view: models write to what a layer returns, and a Function's views forbid it."""
+    return torch.ops.aten._unsafe_view(result, result.shape)
+
+
 class _PatchedLinear(torch.autograd.Function):
     """y = x W^T + b (x W + b for Conv1D) with patches on W and b, whose gradients are taken only where these are."""
 
@@ -140,8 +145,10 @@ class _PatchedLinear(torch.autograd.Function):
             bias = patched_copy(bias, bias_indices, bias_values)
         with written(weight, indices, values) as patched:
             if bias is None or not transposed:  # Conv1D has a bias
-                return F.linear(x, patched, bias)
-            return torch.addmm(bias, x.view(-1, x.size(-1)), patched).view(*x.shape[:-1], -1)
+                y = F.linear(x, patched, bias)
+            else:
+                y = torch.addmm(bias, x.view(-1, x.size(-1)), patched).view(*x.shape[:-1], -1)
+        return _own(y)
 
     @staticmethod
     @once_differentiable

@@ -296,8 +296,9 @@ class GraftModel(PatchMaker, BaseTuner):
             ValueError: The adapter is merged: its values would stay in the base.
         """
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            # In the words of the PEFT that says so itself.
             raise ValueError(
-                f"adapter to delete must not be merged, got {adapter_name!r}. Call unmerge_adapter() first."
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
         self.states.pop(adapter_name, None)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "peft_graft"
 # From the ground up. A file, or a folder with all its files, imports from lower floors, never from beside or above.
 FLOORS = (
-    {"_register", "calibration", "codec", "donors", "naming", "selection"},
+    {"_register", "calibration", "codec", "donors", "naming", "ranks", "selection"},
     {"deltas", "fingerprint", "metrics", "plots"},
     {"patch"},
     {"card", "compose", "geometry", "localization"},

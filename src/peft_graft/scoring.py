@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from . import ranks
 from .deltas import stream
 from .selection import SelectionError, top_k_mask
 from .tuner import GraftLayer, GraftModel, Sidecar
@@ -103,42 +104,56 @@ class _Measurer:
         self.batches, self.loss_fn, self.progress = batches, loss_fn, progress
         self.targets = tuner.targets(adapter_name)
         self.parameters = {name: layer.base_parameter(param) for name, (layer, param) in self.targets.items()}
-        self.total = sum(batch_size(batch) for batch in batches)
         for parameter in self.parameters.values():
             parameter.grad = None  # what an earlier training has left there
 
     def _bar(self, what: str, passes: int = 1) -> tqdm:
         return tqdm(total=passes * len(self.batches), desc=what, disable=not self.progress, leave=False)
 
-    def _backward(self, bar: tqdm, each: Callable[[int], None] | None = None) -> None:
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-        for batch in self.batches:
-            size = batch_size(batch)
-            loss = self.loss_fn(self.model, send_to_device(batch, next(iter(self.parameters.values())).device))
-            (loss * (1 if each else size / self.total)).backward()
-            if each:
-                each(size)
-            bar.update()
+    def _backward(self, bar: tqdm, sums: dict[str, torch.Tensor], square: bool = False) -> None:
+        """Add each batch's gradient, times its size, to the sums; `square`: its square."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        size = 0
 
-    def _take_gradients(self, divide: float = 1.0) -> dict[str, torch.Tensor]:
-        taken = {}
-        for name, parameter in self.parameters.items():
-            taken[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / divide
-            taken[name] = taken[name].detach().float()
-            parameter.grad = None
-        return taken
+        def add(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad.float(), None  # type: ignore[union-attr]
+            sums[names[parameter]].add_(gradient.square() if square else gradient, alpha=size)
+
+        hooks = []
+        try:
+            for parameter in names:
+                parameter.requires_grad_(True)
+                hooks.append(parameter.register_post_accumulate_grad_hook(add))
+            for batch in self.batches:
+                size = batch_size(batch)
+                self.loss_fn(self.model, send_to_device(batch, next(iter(names)).device)).backward()
+                bar.update()
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        parameters = self.parameters.items()
+        return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters}
+
+    def _mean(self, sums: dict[str, torch.Tensor], passes: int = 1) -> dict[str, torch.Tensor]:
+        """Divide by the number of examples, of all ranks; each may have its own, or all the same."""
+        seen = passes * sum(batch_size(batch) for batch in self.batches)
+        examples = int(ranks.total(torch.tensor(seen)))
+        return {name: ranks.total(sums[name]).div_(examples) for name in self.parameters}
 
     def gradient(self) -> dict[str, torch.Tensor]:
         """Mean gradient of the loss at the base."""
+        sums = self._zeros()
         with self._bar("gradient at the base") as bar:
-            self._backward(bar)
-        return self._take_gradients()
+            self._backward(bar, sums)
+        return self._mean(sums)
 
     def path_gradient(self) -> dict[str, torch.Tensor]:
         """Gradient averaged over the midpoints of equal steps from base to donor."""
         names = self.tuner.donor_names(self.adapter_name)
         base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        sums = self._zeros()
         with self._bar("gradient along the path", PATH_POINTS) as bar:
             try:
                 for point in range(PATH_POINTS):
@@ -146,25 +161,18 @@ class _Measurer:
                     for name, before, after in stream(base, self.tuner.donors[self.adapter_name], names):
                         delta = after.to(before.device).float() - before.float()
                         self.parameters[name].data.copy_(before.float() + share * delta)
-                    self._backward(bar)
+                    self._backward(bar, sums)
             finally:
                 for name, value in base.items():
                     self.parameters[name].data.copy_(value)
-        return self._take_gradients(PATH_POINTS)
+        return self._mean(sums, PATH_POINTS)
 
     def squared_gradient(self) -> dict[str, torch.Tensor]:
         """Mean over batches of the squared batch gradient; with batches of one, the diagonal empirical Fisher."""
-        squares = {
-            name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in self.parameters.items()
-        }
-
-        def square(size: int) -> None:
-            for name, gradient in self._take_gradients().items():
-                squares[name] += gradient.square() * (size / self.total)
-
+        sums = self._zeros()
         with self._bar("squared gradient at the base") as bar:
-            self._backward(bar, square)
-        return squares
+            self._backward(bar, sums, square=True)
+        return self._mean(sums)
 
     def input_norm(self) -> dict[str, torch.Tensor]:
         """Norm, over all examples and positions, of the input that multiplies each entry."""
@@ -189,7 +197,7 @@ class _Measurer:
         finally:
             for handle in hooks:
                 handle.remove()
-        return {name: squares.get(name, torch.zeros(())).sqrt() for name in self.targets}
+        return {name: _total_of(squares.get(name), self.parameters[name]).sqrt() for name in self.targets}
 
     def sigmoid(
         self, budget: int, steps: int, validation: list[Any], seed: int, lr: float = 1e7
@@ -230,8 +238,9 @@ class _Measurer:
                     if step == steps:
                         break
                     write(soft)
-                    self._backward(bar)
-                    gradients = self._take_gradients()
+                    sums = self._zeros()
+                    self._backward(bar, sums)
+                    gradients = self._mean(sums)
                     push = torch.cat([gradients[name].flatten() for name in order]) * flat
                     logits -= lr * push * (1 - 2 * start) * slope * (1 - slope)
             finally:
@@ -258,6 +267,7 @@ def measure(
         adapter_name: Name of the adapter.
         needs: `"gradient"`, `"path_gradient"`, `"squared_gradient"`, `"input_norm"` or `"sigmoid"`.
         batches: Batches of examples that the donor was not trained on: scores of its own examples overfit with it.
+            Of several ranks each may have its share, or all the same: what is measured is the mean over all of them.
         loss_fn: Mean loss of a batch.
         progress: Show progress bars.
         options: Passed to the procedure (`"sigmoid"`: budget, steps, validation, seed).
@@ -271,7 +281,7 @@ def measure(
 
 
 def mean_loss(model: nn.Module, batches: list[Any], loss_fn: LossFn) -> float:
-    """Mean loss over all examples of the batches, without gradients, in the mode the model is in."""
+    """Mean loss over all examples of the batches of all ranks, without gradients, in the mode the model is in."""
     total, count = 0.0, 0
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -279,7 +289,16 @@ def mean_loss(model: nn.Module, batches: list[Any], loss_fn: LossFn) -> float:
             size = batch_size(batch)
             total += float(loss_fn(model, send_to_device(batch, device))) * size
             count += size
+    total, count = ranks.total(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / max(count, 1)
+
+
+def _total_of(squares: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks of what some of them may lack: none of their tokens went to this expert."""
+    held = [] if squares is None else list(squares.shape)
+    sizes = ranks.extremes([*held, *[0] * (parameter.ndim - len(held))])
+    missing = torch.zeros([largest for _, largest in sizes if largest], device=parameter.device)
+    return ranks.total(missing if squares is None else squares)
 
 
 def _input_square(layer: GraftLayer, param: str, inputs: torch.Tensor, output: Any, name: str) -> torch.Tensor:

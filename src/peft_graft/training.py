@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from . import ranks
 from .scoring import LossFn, batch_size, default_loss, evaluating, mean_loss, measure
 from .selection import get_rule
 from .tuner import GraftModel
+from .tuner.sharding import is_sharded
 
 _STEP = math.log(3.0)
 _LIMIT = math.log(1e5)
@@ -70,8 +73,10 @@ def initialize_graft(
     Follows PEFT's convention for data-driven initialisation (`initialize_lora_eva_weights`). For a learned mask only
     alpha is fitted, for the mask that training starts from; fit it again with `fit_alpha` after training.
 
+    Under a launcher every rank calls this, with its share of the batches or all the same, and gets the same mask.
+
     Args:
-        model: From `get_peft_model(base, GraftConfig(...))`.
+        model: From `get_peft_model(base, GraftConfig(...))`; not yet sharded by FSDP or ZeRO-3.
         dataloader: Batches with labels, best of examples that the donor was not trained on.
         calibration: Batches that alpha is fitted on. Default: all of `dataloader` where the mask is made without
             data, else every fourth batch of it, which the mask then does not see.
@@ -84,23 +89,26 @@ def initialize_graft(
         The fit of alpha, or None where alpha is a number.
 
     Raises:
-        ValueError: No batches, or fewer than two where some must be held out; an adapter that is merged or not active.
+        ValueError: No batches, or fewer than two where some must be held out; an adapter that is merged or not active;
+            sharded parameters; ranks that found different masks.
     """
+    model = extract_model_from_parallel(model)
     tuner = find_tuner(model)
     config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
     _require_in_use(tuner, adapter_name)
     rule = get_rule(config.selection)
     batches, held_out = list(dataloader), None if calibration is None else list(calibration)
-    if not batches or (held_out is not None and not held_out):
+    (fewest, most), (_, most_held_out) = ranks.extremes([len(batches), 1 if held_out is None else len(held_out)])
+    if not most or not most_held_out:
         raise ValueError("dataloader must hold at least one batch, got none. Check the dataset.")
     uses_data = rule.needs not in ("weights", "training") or config.selection == "sigmoid"
     wants_held_out = config.alpha == "auto" or config.selection == "sigmoid"
     if held_out is None:
         held_out = batches
         if uses_data and wants_held_out:
-            if len(batches) < 2:
+            if fewest < 2:
                 raise ValueError(
-                    f"dataloader must hold at least 2 batches to hold one out for alpha, got {len(batches)}. "
+                    f"dataloader must hold at least 2 batches to hold one out for alpha, got {fewest}. "
                     "Use smaller batches or pass calibration=..."
                 )
             kept = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
@@ -114,6 +122,7 @@ def initialize_graft(
     elif uses_data:
         measured = measure(model, tuner, adapter_name, rule.needs, batches, loss_fn, progress)
         tuner.make_patch(adapter_name, measured, progress=progress)
+    _require_same_mask(tuner, adapter_name)
     if config.alpha != "auto":
         state.ready = True
         return None
@@ -147,13 +156,21 @@ def fit_alpha(
         The fit.
 
     Raises:
-        ValueError: No batches, an adapter that is merged or not active, or a loss that is not finite at alpha = 1.
+        ValueError: No batches, an adapter that is merged or not active, or a loss that is not finite at alpha = 1;
+            ranks of a sharded model that have different numbers of batches.
     """
+    model = extract_model_from_parallel(model)
     tuner = find_tuner(model)
     config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
     batches = list(dataloader)
-    if not batches:
+    ((fewest, most),) = ranks.extremes([len(batches)])
+    if not most:
         raise ValueError("dataloader must hold at least one batch, got none. Check the calibration dataset.")
+    if fewest != most and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"dataloader must hold as many batches on every rank of a sharded model, got {fewest} to {most}. "
+            "Give every rank all of them, or drop the last."
+        )
     _require_in_use(tuner, adapter_name)
     with evaluating(model), tqdm(desc="fitting alpha", unit="pass", disable=not progress, leave=False) as bar:
 
@@ -189,6 +206,21 @@ def _require_in_use(tuner: GraftModel, adapter_name: str) -> None:
         )
     if any(layer.merged for layer in tuner._layers()):
         raise ValueError("model must be unmerged, got a merged one. Call model.unmerge_adapter() first.")
+
+
+def _require_same_mask(tuner: GraftModel, adapter_name: str) -> None:
+    """Refuse masks that differ between the ranks: training would go on with a mixture of them."""
+    digest = 0
+    for name, (layer, param) in tuner.targets(adapter_name).items():
+        slot, key = layer.slot(adapter_name), layer.keys[param]
+        if key in slot.params:
+            digest = crc32(slot.indices(key).cpu().numpy().tobytes(), crc32(name.encode(), digest))
+    ((low, high),) = ranks.extremes([digest])
+    if low != high:
+        raise ValueError(
+            f"mask must be the same on every rank, got digests from {low:08x} to {high:08x}. "
+            "Give every rank the same base, donor and config."
+        )
 
 
 def minimise(loss_at: Callable[[float], float], start: float = 0.0) -> dict[float, float]:
@@ -245,7 +277,7 @@ def _fit_per_tensor(
     device = next(model.parameters()).device
     logs = torch.full((len(names),), math.log(float(start.alpha)), device=device, requires_grad=True)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam([logs], lr=0.1)
-    total = sum(batch_size(batch) for batch in batches)
+    total = int(ranks.total(torch.tensor(sum(batch_size(batch) for batch in batches))))
     best_loss, best = start.loss, logs.detach().clone()
     for _ in range(_TENSOR_STEPS):
         loss_sum, logs.grad = 0.0, torch.zeros_like(logs)
@@ -255,6 +287,8 @@ def _fit_per_tensor(
             logs.grad += torch.autograd.grad(loss, logs)[0]  # and nobody else's: a head may train with the mask
             loss_sum += float(loss.detach())
         bar.update()
+        logs.grad = ranks.total(logs.grad)
+        loss_sum = float(ranks.total(torch.tensor(loss_sum, dtype=torch.float64)))
         if loss_sum < best_loss:
             best_loss, best = loss_sum, logs.detach().clone()
         optimizer.step()
@@ -266,7 +300,8 @@ class AlphaCallback(TrainerCallback):
     """Let a Trainer fit mask and alpha in turns: refit alpha `rounds` times, evenly spaced, the last at the end.
 
     Args:
-        calibration: Batches with labels that the Trainer does not train on.
+        calibration: Batches with labels that the Trainer does not train on; of several ranks each gives all of them,
+            or its share.
         rounds: How often alpha is fitted during the training.
         head_start: Factor on alpha when the training starts, > 0. A trained mask bears a larger scale than the mask it
             starts from, and finds better entries when it has that scale from the beginning.

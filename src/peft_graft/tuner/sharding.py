@@ -1,0 +1,79 @@
+"""Parameters that an engine keeps in shards, one on each rank: the DTensors of FSDP2 and the partitions of ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether this process holds only a part of the values at the moment."""
+    return hasattr(parameter, "full_tensor") or _is_partitioned(parameter)
+
+
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_tensor") and parameter.numel() != parameter.ds_numel
+
+
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter; between two forwards ZeRO-3 leaves a stand-in of shape (0,)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All values of a parameter, detached. Where it is sharded, every rank must call this together.
+
+    ZeRO-3's own way to gather would release what a running module needs, hence a sum in which each rank gives its part.
+    """
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if not _is_partitioned(parameter):
+        return parameter.detach()
+    held: Any = parameter
+    group, part = held.ds_process_group, held.ds_tensor.detach()
+    start = distributed.get_rank(group) * part.numel()
+    flat = torch.zeros(part.numel() * distributed.get_world_size(group), dtype=part.dtype, device=parameter.device)
+    flat[start : start + part.numel()] = part.to(flat.device)
+    distributed.all_reduce(flat, group=group)
+    return flat[: held.ds_numel].view(held.ds_shape)
+
+
+class WholeTensors(Mapping[str, torch.Tensor]):
+    """Parameters by name, each gathered when it is looked up."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.parameters = parameters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """All values of a parameter."""
+        return whole(self.parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self.parameters)
+
+
+def require_whole(parameters: Mapping[str, torch.Tensor], done: str, remedy: str) -> None:
+    """Refuse what needs all values of all parameters at once.
+
+    Args:
+        parameters: By name.
+        done: What is done with them, as a participle.
+        remedy: What to do instead.
+
+    Raises:
+        ValueError: Some are sharded.
+    """
+    sharded = [name for name, parameter in parameters.items() if is_sharded(parameter)]
+    if sharded:
+        raise ValueError(
+            f"parameters must be whole to be {done}, got {len(sharded)} that FSDP or ZeRO-3 has sharded "
+            f"({', '.join(sharded[:3])}{', ...' if len(sharded) > 3 else ''}). {remedy}"
+        )

@@ -7,17 +7,21 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
 
 def count() -> int:
     """Number of processes that share this run: those that a launcher (accelerate, torchrun) has started together."""
-    if not distributed.is_available():
-        return 1
     launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and not distributed.is_initialized():
-        PartialState()  # joins the group that the launcher has prepared
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    if launched and not joined():
+        _state()  # joins the group that the launcher has prepared
+    return distributed.get_world_size() if joined() else 1
+
+
+def joined() -> bool:
+    """Whether this process has joined a group; one rank alone is a group too."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,9 +52,14 @@ def extremes(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return [(-low, high) for low, high in zip(smallest, largest, strict=True)]
 
 
+def _state() -> PartialState:
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)  # which has no effect after the first time
+
+
 def _reduced(tensor: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
     # NCCL and its like reduce what is on their own devices only; a model may still be on the CPU.
     on_cpu = tensor.device.type == "cpu" and distributed.get_backend() not in ("gloo", "mpi")
-    there = tensor.to(PartialState().device) if on_cpu else tensor.contiguous()
+    there = tensor.to(_state().device) if on_cpu else tensor.contiguous()
     distributed.all_reduce(there, operation)
     return there.to(tensor.device)

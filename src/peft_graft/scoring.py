@@ -16,6 +16,7 @@ from . import ranks
 from .deltas import stream
 from .selection import SelectionError, top_k_mask
 from .tuner import GraftLayer, GraftModel, Sidecar
+from .tuner.sharding import require_whole
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 PATH_POINTS = 4
@@ -274,7 +275,16 @@ def measure(
 
     Returns:
         By tensor name, float32, broadcastable to the tensor.
+
+    Raises:
+        ValueError: Parameters are sharded.
     """
+    parameters = {name: layer.base_parameter(param) for name, (layer, param) in tuner.targets(adapter_name).items()}
+    require_whole(
+        parameters,
+        "scored on data",
+        "Call initialize_graft before accelerator.prepare, on a base loaded without zero.Init.",
+    )
     with scoring_mode(model, tuner):
         measurer = _Measurer(model, tuner, adapter_name, batches, loss_fn, progress)
         return getattr(measurer, needs)(**options)

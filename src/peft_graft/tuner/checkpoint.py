@@ -17,15 +17,20 @@ class MaskCheckpoint(TrainerCallback):
         _mark(model, True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let saves pack the mask again."""
+        """Let saves pack the mask again; every rank is here, so that later one can save it alone."""
         _mark(model, False)
+        for state in _states(model):
+            state.settle()
+
+
+def _states(model: Any) -> list[GraftState]:
+    found = [state for module in model.modules() for state in vars(module).get("states", {}).values()]
+    return list({id(state): state for state in found if isinstance(state, GraftState)}.values())
 
 
 def _mark(model: Any, in_training: bool) -> None:
-    for module in model.modules():
-        for state in getattr(module, "states", {}).values() if "states" in vars(module) else ():
-            if isinstance(state, GraftState):
-                state.in_training = in_training
+    for state in _states(model):
+        state.in_training = in_training
 
 
 def register_with_trainer(callback: type[TrainerCallback] = MaskCheckpoint) -> None:

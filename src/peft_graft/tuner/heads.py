@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..deltas import Donor, ZerosDonor, resolve_names, stream
+from .sharding import GATHER, is_sharded, whole_shape
 from .targets import COMPILED
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def name_heads(config: GraftConfig) -> None:
 class DonorHead(ModulesToSaveWrapper):
     """PEFT's wrapper of a module to save, where copies hold the donor's values and stay frozen whatever PEFT does."""
 
-    frozen: set[str]
+    frozen: dict[str, dict[str, torch.Tensor]]  # what the frozen copies hold, for when an engine shards them
 
     def freeze(self) -> None:
         """Freeze the copies that hold the donor's values."""
-        for adapter_name in self.frozen & self.modules_to_save.keys():
+        for adapter_name in self.frozen.keys() & self.modules_to_save.keys():
             self.modules_to_save[adapter_name].requires_grad_(False)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -54,8 +55,49 @@ class DonorHead(ModulesToSaveWrapper):
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Forget the copy of an adapter."""
-        self.frozen.discard(adapter_name)
+        self.frozen.pop(adapter_name, None)
         super().delete_adapter(adapter_name, new_active_adapters)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values of a copy; where this process holds but a shard of them, what was taken from the donor."""
+        found = dict(state_dict)
+        for name, value in self.frozen.get(adapter_name, {}).items():
+            key = f"modules_to_save.{adapter_name}.{name}"
+            if not _is_whole(found.get(key), value.shape) and not self._trains(adapter_name):
+                found[key] = value
+        return super().adapter_state_dict(adapter_name, found)
+
+    def _trains(self, adapter_name: str) -> bool:
+        return any(parameter.requires_grad for parameter in self.modules_to_save[adapter_name].parameters())
+
+
+def _is_whole(value: torch.Tensor | None, shape: torch.Size) -> bool:
+    return value is not None and value.shape == shape and not is_sharded(value)
+
+
+def require_whole_heads(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to save modules of which only shards are at hand.
+
+    Args:
+        model: The model that holds the adapter.
+        adapter_name: Name of the adapter.
+        state_dict: State dict of the model.
+
+    Raises:
+        ValueError: Values of a module to save are missing.
+    """
+    partial = []
+    for key, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        if isinstance(module, DonorHead) and adapter_name in module.frozen and not module._trains(adapter_name):
+            continue
+        for name, value in module.modules_to_save[adapter_name].named_parameters():
+            stored = state_dict.get(f"{key}.modules_to_save.{adapter_name}.{name}")
+            if is_sharded(value) and not _is_whole(stored, torch.Size(whole_shape(value))):
+                partial.append(f"{key}.{name}")
+    if partial:
+        raise ValueError(f"modules_to_save must be whole to be saved, got shards of {partial}. {GATHER}")
 
 
 def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
@@ -88,8 +130,9 @@ def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
         if not isinstance(module, DonorHead):
             # PEFT has made the wrapper already; as a subclass it keeps its copies, and PEFT still knows it.
             module.__class__ = DonorHead
-            module.frozen = set()
-        module.frozen.add(adapter_name)
+            module.frozen = {}
+        held_values = module.modules_to_save[adapter_name].state_dict()
+        module.frozen[adapter_name] = {name: value.cpu() for name, value in held_values.items()}
         module.freeze()
 
 
@@ -138,5 +181,5 @@ def copy_heads(model: nn.Module, adapter_name: str, sources: Mapping[str, str]) 
         source = sources[key]
         module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
         if isinstance(module, DonorHead) and source in module.frozen:
-            module.frozen.add(adapter_name)
+            module.frozen[adapter_name] = module.frozen[source]
             module.freeze()

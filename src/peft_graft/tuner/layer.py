@@ -15,6 +15,7 @@ from ..compose import align, scaled, spread, total
 from .kernels import is_simple, patched_run
 from .mask import GraftState, Slot, straight_through
 from .rows import OnlyMetadata, Rows, run_by_row
+from .sharding import is_sharded, require_whole, whole
 from .writing import is_traced, own_entries, patched_copy, restored, written
 
 # Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
@@ -105,8 +106,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         logits = None if logits is None else logits.to(device)
         slot.install(self.keys[param], indices.to(device), values.to(device), logits)
         if logits is not None:
-            delta = slot.values(self.keys[param]).float() - self.base_entries(param, indices.to(device)).float()
-            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], delta.abs())
+            base = self.base_entries(param, indices.to(device))
+            self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], base)
 
     def clear(self, adapter_name: str, params: Iterable[str] | None = None) -> None:
         """Take an adapter's entries away, of all parameters or of these."""
@@ -118,7 +119,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
         """The base's own values at these flat indices, also while a patch is on it."""
-        entries = own_entries(self.base_parameter(param), indices)
+        entries = own_entries(whole(self.base_parameter(param)), indices)
         return restored(entries, indices, *self._backup[param]) if param in self._backup else entries
 
     def entries(
@@ -189,6 +190,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         owner, owned = self.aliases.get(param, (self, param))
         if owner.merged or owner.disable_adapters:
             return None
+        held = {self.tensor_name(param): self.base_parameter(param)}
+        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
         names = owner.active_adapters if adapter_names is None else adapter_names
         # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
         return owner.joint_entries(names, owned, training=torch.is_grad_enabled())
@@ -277,6 +280,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.graft_patch]
         if not names:
             return
+        held = {self.tensor_name(param): self.base_parameter(param) for param in self.keys}
+        require_whole(held, "merged", "Save the adapter, and merge it in a model that is not sharded.")
         for name in names:
             self.states[name].require_ready("merged")
         together = [*self.merged_adapters, *names]
@@ -313,15 +318,16 @@ class GraftLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> GraftLayer:
         """Switch between the straight-through mask (training) and the exact one (evaluation)."""
         for state in self.states.values():
-            state.invalidate()
+            state.change_mode()
         return super().train(mode)
 
     def _read(self, param: str) -> torch.Tensor:
         if self.rows is not None and any(self.has_entries(name, param) for name in self.rows.names):
             return self.base_parameter(param).as_subclass(OnlyMetadata)
         # Tied names must stay the parameter itself, or tie_weights would tie a copy.
-        patched = None if param in self.tied else self.effective(param)
-        return self.base_parameter(param) if patched is None else patched
+        base = self.base_parameter(param)
+        patched = None if param in self.tied or is_sharded(base) else self.effective(param)
+        return base if patched is None else patched
 
     @property
     def weight(self) -> torch.Tensor:

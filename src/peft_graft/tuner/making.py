@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .checkpoint import register_with_trainer
 from .heads import graft_heads
 from .layer import GraftLayer
 from .mask import GraftState
+from .sharding import WholeTensors, whole_shape
 
 Target = tuple[GraftLayer, str]
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
@@ -52,9 +54,9 @@ class PatchMaker:
                 found[owner.tensor_name(owned)] = (owner, owned)
         return dict(sorted(found.items()))
 
-    def base_tensors(self, targets: Mapping[str, Target]) -> dict[str, torch.Tensor]:
-        """The base's parameters by tensor name."""
-        return {name: layer.base_parameter(param).detach() for name, (layer, param) in targets.items()}
+    def base_tensors(self, targets: Mapping[str, Target]) -> Mapping[str, torch.Tensor]:
+        """The base's parameters by tensor name; sharded ones are gathered when their turn comes."""
+        return WholeTensors({name: layer.base_parameter(param) for name, (layer, param) in targets.items()})
 
     def _graft(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -85,7 +87,7 @@ class PatchMaker:
             for param, (owner, owned) in layer.aliases.items():
                 aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
         return resolve_names(
-            {name: tuple(layer.base_parameter(param).shape) for name, (layer, param) in targets.items()},
+            {name: whole_shape(layer.base_parameter(param)) for name, (layer, param) in targets.items()},
             self.donors[adapter_name],
             prefixes=(prefix,) if prefix else (),
             aliases=aliases,
@@ -112,7 +114,7 @@ class PatchMaker:
         donor = self.donors[adapter_name]
         rule, targets = get_rule(config.selection), self.targets(adapter_name)
         base, names = self.base_tensors(targets), self.donor_names(adapter_name)
-        sizes = {name: tensor.numel() for name, tensor in base.items()}
+        sizes = {name: math.prod(whole_shape(layer.base_parameter(param))) for name, (layer, param) in targets.items()}
         total = sum(sizes.values())
         progress = total >= MANY_ENTRIES if progress is None else progress
         largest = 0.0

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import ranks
 from ..donors import MAX_LISTED
 from ..selection import SelectionError, top_k_mask
+from .sharding import copy_into, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -28,6 +30,7 @@ class Slot(nn.Module):
         super().__init__()
         self.eligible = eligible
         self.params: list[str] = []
+        self._shards: dict[str, nn.Parameter] = {}
 
     def install(
         self, param: str, indices: torch.Tensor, values: torch.Tensor, logits: torch.Tensor | None = None
@@ -41,9 +44,8 @@ class Slot(nn.Module):
             logits: Mask logits, float32 [n]; None for a fixed mask.
         """
         held = self.logits(param)
-        if logits is not None and held is not None and held.shape == logits.shape:
-            with torch.no_grad():
-                held.copy_(logits)
+        if logits is not None and held is not None and whole_shape(held) == logits.shape:
+            copy_into(held, logits)
         elif logits is not None:
             self.remove(param)
             self.register_parameter(f"{param}_logits", nn.Parameter(logits.detach().clone().float()))
@@ -58,6 +60,7 @@ class Slot(nn.Module):
         """Forget the entries of `param`, if any."""
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
+        self._shards.pop(f"{param}_logits", None)
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
@@ -76,6 +79,16 @@ class Slot(nn.Module):
     def logits(self, param: str) -> nn.Parameter | None:
         """Mask logits of `param`, float32 [n], or None for a fixed mask."""
         return getattr(self, f"{param}_logits", None)
+
+    def owned_logits(self, param: str) -> nn.Parameter | None:
+        """The logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
+        return self._shards.get(f"{param}_logits", self.logits(param))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Remember shards: while a module runs, FSDP2 sets the whole parameter, maybe in half precision, instead."""
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and is_sharded(value):
+            self._shards[name] = value
 
     def extra_repr(self) -> str:
         """Show how many entries each parameter has."""
@@ -99,28 +112,29 @@ class GraftState:
         self.waits_for_data = False  # whether there is no patch yet, because its rule needs data
         self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self._members: dict[str, tuple[Slot, str]] = {}
-        self._magnitudes: dict[str, torch.Tensor] = {}
+        self._base: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
         self._versions = 0
+        self._settled = False
 
-    def register(self, name: str, slot: Slot, param: str, magnitudes: torch.Tensor) -> None:
+    def register(self, name: str, slot: Slot, param: str, base: torch.Tensor) -> None:
         """Let the budget span the logits of this tensor.
 
         Args:
             name: Name of the tensor.
             slot: Who holds the logits.
             param: Key of the parameter in the slot.
-            magnitudes: |delta| of the candidates, float32 [n].
+            base: The base's values at the candidates, float [n].
         """
         self._members[name] = (slot, param)
-        self._magnitudes[name] = magnitudes
+        self._base[name] = base
         self._members = dict(sorted(self._members.items()))
         self.invalidate()
 
     def clear(self) -> None:
         """Forget all tensors."""
-        self._members, self._magnitudes = {}, {}
+        self._members, self._base = {}, {}
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -176,20 +190,59 @@ class GraftState:
 
     def logits(self) -> dict[str, nn.Parameter]:
         """Mask logits by tensor name."""
-        found = {name: slot.logits(param) for name, (slot, param) in self._members.items()}
+        found = {name: slot.owned_logits(param) for name, (slot, param) in self._members.items()}
         return {name: logits for name, logits in found.items() if logits is not None}
 
     def mask(self, name: str) -> torch.Tensor:
-        """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors."""
+        """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors.
+
+        Where the logits are sharded they are gathered, so every rank must call this together.
+        """
         slot, param = self._members[name]
-        own = slot.logits(param)
+        own = slot.owned_logits(param)
         # Every layer asks at every step, so it must be cheap to see that nothing changed.
-        known = own is not None and self._seen.get(name) is own and self._masks[name].device == own.device
+        known = own is not None and self._seen.get(name) is own and self._masks[name].device == self._index(name).device
         if not known or sum(map(_version, self._seen.values())) != self._versions:
             logits = self.logits()
-            self._masks = self.masks_of({key: values.detach() for key, values in logits.items()})
+            masks = self.masks_of({key: whole(values) for key, values in logits.items()})
+            self._masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
             self._seen, self._versions = logits, sum(map(_version, logits.values()))
+            self._settled = not torch.is_grad_enabled()
         return self._masks[name]
+
+    def start_forward(self) -> None:
+        """Look at the logits again: the optimizers of FSDP and DeepSpeed change them without a trace."""
+        if ranks.joined() and (torch.is_grad_enabled() or not self._settled):
+            self.invalidate()
+
+    def change_mode(self) -> None:
+        """Look at the logits again: every training loop changes the mode, whatever else it does."""
+        if not ranks.joined():  # there `start_forward` does it, and a rank may change its mode alone
+            self.invalidate()
+
+    def settle(self) -> None:
+        """Make the mask that holds until training goes on, so that one rank can save it alone; called by all ranks."""
+        self.invalidate()
+        with torch.no_grad():
+            for name in self._members:
+                self.mask(name)
+
+    def settled_masks(self) -> dict[str, torch.Tensor] | None:
+        """The masks by tensor name, without a word to other ranks; None where training may have changed them."""
+        return self._masks if self._settled and self._seen else None
+
+    def base_values(self, name: str) -> torch.Tensor:
+        """The base's values at this tensor's candidates, float [n]."""
+        return self._base[name]
+
+    def _index(self, name: str) -> torch.Tensor:
+        slot, param = self._members[name]
+        return slot.indices(param)
+
+    def _magnitude(self, name: str, device: torch.device) -> torch.Tensor:
+        slot, param = self._members[name]
+        self._base[name] = self._base[name].to(device)  # a model may move after the patch was made
+        return (slot.values(param).to(device).float() - self._base[name].float()).abs()
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
@@ -205,9 +258,16 @@ class GraftState:
 
         Raises:
             SelectionError: Logits are NaN, or infinite where the delta is 0.
+            ValueError: Logits were sharded in a way that cannot be gathered.
         """
         names = sorted(logits)
-        scores = [logits[name] * self._magnitudes[name].to(logits[name].device) for name in names]
+        partial = [name for name in names if logits[name].shape != self._base[name].shape]
+        if partial:
+            raise ValueError(
+                f"mask logits must be one per candidate, got other shapes in {partial[:MAX_LISTED]} ({len(partial)} "
+                "tensors). Shard with FSDP2 (fsdp_version: 2) or DeepSpeed."
+            )
+        scores = [logits[name] * self._magnitude(name, logits[name].device) for name in names]
         device = scores[0].device
         if torch.stack([score.isnan().any().to(device) for score in scores]).any():  # one wait for the device, not many
             broken = [name for name, score in zip(names, scores, strict=True) if score.isnan().any()]

@@ -22,11 +22,12 @@ from . import storage
 from .combine import combine, read_patch
 from .config import GraftConfig
 from .heads import copy_heads, name_heads
-from .layer import GraftLayer, GraftLinear
+from .layer import GraftLayer, GraftLinear, own_parameters
 from .making import PatchMaker, Target
 from .mask import GraftState
 from .mixed import rows_of
 from .publishing import keep_card, watch_trainers
+from .sharding import gather_with, is_partitionable
 from .sidecar import SIDECAR, Sidecar
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 
@@ -48,6 +49,7 @@ class GraftModel(PatchMaker, BaseTuner):
         grafted = next((module for module in model.modules() if isinstance(module, GraftLayer)), None)
         self.states: dict[str, GraftState] = {} if grafted is None else grafted.states
         self.donors: dict[str, Donor] = {}
+        self._gathers = False  # whether ZeRO-3 knows what the layers need
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # Injection
@@ -286,8 +288,22 @@ class GraftModel(PatchMaker, BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
+        self._start_forward()
         with nullcontext() if names is None else rows_of(self.model, list(self._layers()), names):
             yield
+
+    def _start_forward(self) -> None:
+        for state in self.states.values():
+            state.start_forward()
+        parameter = next(self.model.parameters(), None)
+        if parameter is not None and is_partitionable(parameter) and not self._gathers:
+            self._gathers = True
+            for layer in self._layers():
+                base = layer.get_base_layer()
+                runs = base if isinstance(layer, Sidecar) else layer
+                gather_with(runs, [*own_parameters(base).values(), *layer.graft_patch.parameters()])
+                if isinstance(layer, Sidecar):
+                    layer.hook()  # again, to act after ZeRO-3's own hooks
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and what its layers share.

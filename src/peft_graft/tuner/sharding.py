@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+
+GATHER = (
+    "Let every rank call accelerator.get_state_dict(model), and rank 0 save with state_dict=...; "
+    "after Trainer.train() rank 0 can save a mask without it."
+)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
@@ -15,7 +22,7 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 
 
 def _is_partitioned(parameter: torch.Tensor) -> bool:
-    return hasattr(parameter, "ds_tensor") and parameter.numel() != parameter.ds_numel
+    return is_partitionable(parameter) and parameter.numel() != math.prod(whole_shape(parameter))
 
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -28,17 +35,49 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
     ZeRO-3's own way to gather would release what a running module needs, hence a sum in which each rank gives its part.
     """
-    if hasattr(parameter, "full_tensor"):
-        return parameter.detach().full_tensor()
-    if not _is_partitioned(parameter):
-        return parameter.detach()
     held: Any = parameter
+    if hasattr(held, "full_tensor"):
+        return held.detach().full_tensor()
+    if not _is_partitioned(held):
+        return held.detach()
     group, part = held.ds_process_group, held.ds_tensor.detach()
     start = distributed.get_rank(group) * part.numel()
     flat = torch.zeros(part.numel() * distributed.get_world_size(group), dtype=part.dtype, device=parameter.device)
     flat[start : start + part.numel()] = part.to(flat.device)
     distributed.all_reduce(flat, group=group)
     return flat[: held.ds_numel].view(held.ds_shape)
+
+
+def is_partitionable(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has taken over this parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def gather_with(module: nn.Module, parameters: list[torch.Tensor]) -> None:
+    """Let ZeRO-3 gather these parameters, too, before this module runs, forward and backward."""
+    register = import_module("deepspeed").zero.register_external_parameter
+    for parameter in parameters:
+        register(module, parameter)
+
+
+def copy_into(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite a parameter, sharded or not, in place; where it is sharded, every rank must call this together.
+
+    Raises:
+        ValueError: ZeRO-3 has partitioned it; its optimizer holds a copy of its own.
+    """
+    if _is_partitioned(parameter):
+        raise ValueError(
+            "adapter must be loaded before ZeRO-3 partitions the model, got one that is partitioned already. "
+            "Load it before accelerator.prepare, or resume with the engine's own checkpoint."
+        )
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # a slow import that few need
+
+        sharded: Any = parameter
+        values = distribute_tensor(values.to(sharded.dtype), sharded.device_mesh, sharded.placements)
+    with torch.no_grad():
+        parameter.copy_(values)
 
 
 class WholeTensors(Mapping[str, torch.Tensor]):

@@ -9,6 +9,7 @@ from torch import nn
 
 from .layer import GraftLayer
 from .mask import GraftState
+from .sharding import require_whole
 
 SIDECAR = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
 
@@ -23,6 +24,14 @@ class Sidecar(GraftLayer):
         self.__dict__["parent"] = parent  # not registered: the parent already contains this module
         self._setup(name, states)
         self._open: list[Any] = []
+        self._hooks: list[Any] = []
+        self.hook()
+
+    def hook(self) -> None:
+        """Act at the parent's forward, after whatever else does."""
+        for hook in self._hooks:
+            hook.remove()
+        parent = self.get_base_layer()
         self._hooks = [
             parent.register_forward_pre_hook(self._enter),
             parent.register_forward_hook(self._leave, always_call=True),
@@ -33,6 +42,9 @@ class Sidecar(GraftLayer):
         return self.__dict__["parent"]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        held = {self.tensor_name(param): self.base_parameter(param) for param in self.keys}
+        held |= dict(self.graft_patch.named_parameters())
+        require_whole(held, "patched", "Exclude them, or raise stage3_param_persistence_threshold above their size.")
         context = self.patched()
         context.__enter__()
         self._open.append(context)

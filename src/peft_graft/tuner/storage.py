@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key
 from .checkpoint import register_with_trainer
+from .heads import require_whole_heads
 from .layer import GraftLayer
 from .mask import GraftState, Slot
+from .sharding import GATHER, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -71,25 +73,45 @@ def _state(places: Mapping[str, _Place], adapter_name: str) -> GraftState:
 
 
 def _held(
-    places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor]]:
-    """All entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name."""
-    parts, logits = {}, {}
+    places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor], state: GraftState
+) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor] | None]:
+    """All entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name.
+
+    No logits where only shards of them are at hand.
+    """
+    parts: dict[str, TensorPatch] = {}
+    logits: dict[str, torch.Tensor] | None = {}
+    learned = state.logits()
     for name, place in places.items():
         if place.layer.keys[place.param] not in place.slot(adapter_name).params:
             continue
         indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
         parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
-        if (key := place.live_key(adapter_name, "logits")) in state_dict:
-            logits[name] = state_dict[key].detach().cpu()
+        if name not in learned or logits is None:
+            continue
+        given = state_dict.get(place.live_key(adapter_name, "logits"))
+        if given is not None and hasattr(given, "full_tensor") and state.in_training:
+            given = whole(given)  # a Trainer saves the shards of a checkpoint in this way, on every rank
+        if given is None or is_sharded(given) or given.shape != indices.shape:
+            logits = None
+        else:
+            logits[name] = given.detach().cpu().float()
     return parts, logits
 
 
-def _exact(
-    parts: Mapping[str, TensorPatch], logits: dict[str, torch.Tensor], state: GraftState
-) -> dict[str, TensorPatch]:
-    """Only the entries that a learned mask takes, where there is one."""
-    masks = state.masks_of(logits) if logits else {}
+def _masks(logits: dict[str, torch.Tensor] | None, state: GraftState) -> Mapping[str, torch.Tensor]:
+    """Which of the entries a learned mask takes, on the CPU by tensor name; nothing for other patches.
+
+    Raises:
+        ValueError: Only shards of the logits are at hand.
+    """
+    masks = state.settled_masks() if logits is None else state.masks_of(logits) if logits else {}
+    if masks is None:
+        raise ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
+    return {name: mask.cpu() for name, mask in masks.items()}
+
+
+def _taken(parts: Mapping[str, TensorPatch], masks: Mapping[str, torch.Tensor]) -> dict[str, TensorPatch]:
     taken = {name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()}
     return {name: part for name, part in {**parts, **taken}.items() if part.indices.numel()}
 
@@ -118,8 +140,35 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
         for place in places.values()
         for kind, tensor in place.slot(adapter_name).tensors(place.layer.keys[place.param]).items()
     }
-    shapes = {name: tuple(layer.base_parameter(param).shape) for name, (layer, param, _) in places.items()}
-    return Patch(_exact(*_held(places, adapter_name, live), state), shapes)
+    shapes = {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
+    parts, logits = _held(places, adapter_name, live, state)
+    return Patch(_taken(parts, _masks(logits, state)), shapes)
+
+
+def _fingerprint(
+    places: Mapping[str, _Place], patch: Patch, state: GraftState, masks: Mapping[str, torch.Tensor]
+) -> dict[str, Any] | None:
+    """Fingerprint of the base; None while it cannot be known, or is known already.
+
+    Raises:
+        ValueError: The base is sharded, and nobody has noted its values.
+    """
+    sharded = [name for name in patch.tensors if is_sharded(places[name].layer.base_parameter(places[name].param))]
+    if not sharded:
+        base = _base_entries(places, patch)
+    elif not state.logits():
+        if state.config.fingerprint is not None:
+            return None
+        raise ValueError(
+            f"base must be whole to be told by its values, got shards of {sharded[:3]}. "
+            "Save before the model is sharded."
+        )
+    else:
+        base = {name: state.base_values(name) for name in patch.tensors}
+        base = {
+            name: values[masks[name].to(values.device)] if name in masks else values for name, values in base.items()
+        }
+    return None if base is None else Fingerprint.compute(base).to_dict()
 
 
 def pack(
@@ -140,22 +189,24 @@ def pack(
         Tensors by key, without the adapter's name.
 
     Raises:
-        ValueError: The graft still waits for data.
+        ValueError: The graft still waits for data, or only shards of it are at hand.
     """
     places = _owners(model, adapter_name)
     state = _state(places, adapter_name)
     if not (state.in_training and state.logits()):
         state.require_ready("saved")
-    parts, logits = _held(places, adapter_name, state_dict)
-    patch = Patch(_exact(parts, {} if state.in_training else logits, state))
-    base = _base_entries(places, patch)
-    if base is not None:
-        config.fingerprint = Fingerprint.compute(base).to_dict()
+    require_whole_heads(model, adapter_name, state_dict)
+    parts, logits = _held(places, adapter_name, state_dict, state)
+    if state.in_training and logits is None:
+        raise ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
+    masks = {} if state.in_training else _masks(logits, state)
+    patch = Patch(_taken(parts, masks))
+    config.fingerprint = _fingerprint(places, patch, state, masks) or config.fingerprint
     result = patch.to_tensors()
     if not state.in_training:
         config.entries = patch.num_params
-    for name in logits if state.in_training else ():
-        result[_file_key(name, "logits")] = logits[name]
+    for name, values in (logits or {}).items() if state.in_training else ():
+        result[_file_key(name, "logits")] = values
         if config.alpha != "auto":
             # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
             result[_file_key(name, "alpha")] = torch.tensor([state.scale(name)], dtype=torch.float64)
@@ -181,7 +232,7 @@ def unpack(
         PatchError: The file is malformed, names tensors that the model lacks, or belongs to another base.
     """
     places = _places(model, adapter_name)
-    shapes = {name: tuple(layer.base_parameter(param).shape) for name, (layer, param, _) in places.items()}
+    shapes = {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
     patch = Patch.from_tensors(state_dict, shapes)
     if not patch.tensors:
         raise PatchError("adapter must hold a patch, got no `graft_patch` tensors. Check that the file is a graft.")

@@ -1,0 +1,133 @@
+"""What the processes that test_distributed.py launches do: make masks, and write down what each rank has.
+
+    torchrun --nproc_per_node 2 tests/on_ranks.py OUT [TASK ...]
+
+The engine is whatever the launcher says. Rank r writes OUT/<task>/rank<r>.json, and rank 0 alone the adapter beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)  # before the donor is trained: every process needs the same
+
+from accelerate import Accelerator, PartialState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from grafts import held  # noqa: E402
+from learning import Rows, learner, trainer  # noqa: E402
+from peft_graft import AlphaCallback, initialize_graft  # noqa: E402
+
+BATCH = 4
+
+
+def scores(out: Path) -> dict[str, Any]:
+    """Every rule that looks at data, each rank with its own half of the batches; alpha fitted on the halves too."""
+    found: dict[str, Any] = {}
+    state = PartialState()
+    rows = [{key: value[i : i + BATCH] for key, value in Rows().batch.items()} for i in range(0, 16, BATCH)]
+    mine = rows[state.process_index :: state.num_processes]
+    for selection in ("taylor", "path_taylor", "fisher", "wanda", "sigmoid"):
+        scope = "tensor" if selection == "taylor" else "global"
+        model = learner(selection=selection, density=0.05, alpha="auto", alpha_scope=scope)
+        fit = initialize_graft(model, mine, calibration=mine, progress=False, steps=2)
+        found[selection] = {"held": held(model), "alpha": fit.alpha, "loss": fit.loss}
+    return found
+
+
+def trains(out: Path) -> dict[str, Any]:
+    """A Trainer, with alpha fitted on the way; accumulates to the same rows per step whatever the number of ranks."""
+    model = learner(density=0.05, alpha="auto")
+    accumulate = 4 // PartialState().num_processes
+    options = {"average_tokens_across_devices": False, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0}
+    run = trainer(model, out / "checkpoints", callbacks=[AlphaCallback([Rows().batch], head_start=1)], **options)
+    run.train()
+    return ended(run.model, out)
+
+
+def loops(out: Path) -> dict[str, Any]:
+    """A loop over accelerator.prepare, as in Accelerate's own examples."""
+    accelerator = Accelerator(gradient_accumulation_steps=4 // PartialState().num_processes)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH
+    model = learner(density=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=BATCH))
+    model.train()
+    for _ in range(4):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    state_dict = accelerator.get_state_dict(model)
+    plain = accelerator.unwrap_model(model)
+    if accelerator.is_main_process:
+        plain.save_pretrained(out / "adapter", state_dict=state_dict)
+    accelerator.wait_for_everyone()
+    return seen(plain)
+
+
+def ended(model: Any, out: Path) -> dict[str, Any]:
+    """Rank 0 alone saves, without a word to the others."""
+    if PartialState().is_main_process:
+        model.save_pretrained(out / "adapter")
+    PartialState().wait_for_everyone()
+    return seen(model)
+
+
+def seen(model: Any) -> dict[str, Any]:
+    """What this rank has: its candidates, its mask, its alpha, and what the model says."""
+    state = model.base_model.states["default"]
+    model.eval()
+    with torch.no_grad():
+        said = model(**Rows(8).batch).logits.tolist()
+    masks = {name: state.mask(name).tolist() for name in state.logits()}
+    return {"held": held(model), "masks": masks, "alpha": state.alpha, "said": said}
+
+
+TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (scores, trains, loops)}
+
+
+def pretend_that_cpus_shard() -> None:
+    """Let Accelerate shard on CPUs: it looks at what was asked for only where there are GPUs."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def main() -> None:
+    """Do the tasks, and write down the engine that did them."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        pretend_that_cpus_shard()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    PartialState(**({"backend": "gloo"} if deepspeed else {"cpu": True}))
+    out, *names = sys.argv[1:]
+    for name in names or TASKS:
+        folder = Path(out) / name
+        found = TASKS[name](folder)
+        state = PartialState()
+        found |= {"world": state.num_processes, "engine": state.distributed_type.value}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank{state.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
+        if AcceleratorState._shared_state:
+            AcceleratorState._reset_state()  # keeps the group
+
+
+if __name__ == "__main__":
+    main()

@@ -173,7 +173,7 @@ def test_the_stream_holds_no_more_than_a_few_times_k() -> None:
     generator = torch.Generator().manual_seed(0)
     for i in range(50):
         best.add(f"t{i:02}", torch.rand(1_000, generator=generator))
-        assert sum(scores.numel() for scores in best._scores) <= 300
+        assert max(column.numel() for column in best._columns) <= 300
 
 
 def test_infinite_scores_are_ordinary_ones() -> None:

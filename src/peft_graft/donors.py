@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download
@@ -28,12 +28,31 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How many names an error message lists at most.
 MAX_LISTED = 5
 
+# Bytes of the length that a safetensors file begins with.
+_LENGTH_BYTES = 8
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 class DonorError(ValueError):
     """A donor cannot be read, or does not fit the base."""
+
+
+class Extent(NamedTuple):
+    """Where the values of a tensor stand, for whoever reads them piece by piece.
+
+    Attributes:
+        path: The file.
+        offset: Position of the first value in it, in bytes.
+        dtype: A floating-point dtype, or the file's own name of any other.
+        shape: The tensor's shape.
+    """
+
+    path: Path
+    offset: int
+    dtype: torch.dtype | str
+    shape: tuple[int, ...]
 
 
 @runtime_checkable
@@ -65,6 +84,7 @@ class CheckpointDonor:
         source: A directory with `model.safetensors`, or with `model.safetensors.index.json` and its shards; one
             `*.safetensors` file; or a Hub id, of which only those files are fetched (from the cache when offline).
         revision: Branch, tag or commit of a Hub id.
+        role: What errors call it: `"donor"`, or `"base"` where both sides are read from files.
 
     Attributes:
         name: `source` as a string.
@@ -74,46 +94,52 @@ class CheckpointDonor:
         DonorError: If there is no readable safetensors checkpoint at `source`.
     """
 
-    def __init__(self, source: str | os.PathLike[str], revision: str | None = None) -> None:
+    def __init__(self, source: str | os.PathLike[str], revision: str | None = None, role: str = "donor") -> None:
         self.name = os.fspath(source)
+        self.role = role
         self.revision: str | None = None
         path = Path(source)
         if path.is_dir():
-            main = _find_in_directory(path)
+            main = _find_in_directory(path, role)
         elif path.is_file():
             main = path
         elif isinstance(source, os.PathLike) or path.is_absolute() or self.name.startswith("."):
-            raise DonorError(f"donor must be an existing directory or file, got {self.name!r}.")
+            raise DonorError(f"{role} must be an existing directory or file, got {self.name!r}.")
         else:
-            main = _find_on_hub(self.name, revision)
+            main = _find_on_hub(self.name, revision, role)
             # The cache keeps files under snapshots/<commit>/: every shard must come from the commit of the first file.
             self.revision = main.parent.name
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._extents: dict[str, Extent] = {}
         if main.suffix == ".json":
             self._read_index(main)
         elif main.suffix in _PICKLE_SUFFIXES:
-            raise _pickled(f"the pickle {str(main)!r}")
+            raise _pickled(f"the pickle {str(main)!r}", role)
         else:
             self._read_header(main)
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
-        return sorted(self._shapes)
+        return sorted(self._extents)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, as its file's header states it."""
-        return self._shapes[name]
+        return self._extents[name].shape
+
+    def extent(self, name: str) -> Extent:
+        """Return where the values of a tensor stand."""
+        return self._extents[name]
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         # Opened anew each time: a handle that lives on keeps every page it has read in memory, where files are mapped.
-        path = self._files[name]
-        with _open(path) as file:
+        path = self._extents[name].path
+        with _open(path, self.role) as file:
             try:
                 return file.get_tensor(name)
             except SafetensorError as error:
-                raise DonorError(f"donor tensor {name!r} must be readable, got {error} in {str(path)!r}.") from error
+                raise DonorError(
+                    f"{self.role} tensor {name!r} must be readable, got {error} in {str(path)!r}."
+                ) from error
 
     def _read_index(self, index: Path) -> None:
         try:
@@ -129,14 +155,15 @@ class CheckpointDonor:
             if self.revision is None:
                 path = index.parent / shard
             else:
-                path = _download(self.name, shard, self.revision)
+                path = _download(self.name, shard, self.revision, self.role)
             if path is None or not path.is_file():
                 raise DonorError(
-                    f"donor must hold every file that {INDEX_FILE} names, got no {shard!r} in {self.name!r}. "
+                    f"{self.role} must hold every file that {INDEX_FILE} names, got no {shard!r} in {self.name!r}. "
                     "Copy or download the checkpoint again."
                 )
             self._read_header(path)
-        lost = sorted(name for name, shard in weight_map.items() if self._files.get(name, Path()).name != shard)
+        held = {name: extent.path.name for name, extent in self._extents.items()}
+        lost = sorted(name for name, shard in weight_map.items() if held.get(name) != shard)
         if lost:
             raise DonorError(
                 f"{weight_map[lost[0]]!r} must hold every tensor that {INDEX_FILE} says it does, "
@@ -144,10 +171,16 @@ class CheckpointDonor:
             )
 
     def _read_header(self, path: Path) -> None:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
-                self._files[name] = path
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        with _open(path, self.role):
+            pass  # the library has checked the header by now: sizes, overlaps, and that the file is whole
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start = _LENGTH_BYTES + length + entry["data_offsets"][0]
+                dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
+                self._extents[name] = Extent(path, start, dtype, tuple(entry["shape"]))
 
 
 class ModuleDonor:
@@ -241,40 +274,40 @@ def open_donor(donor: str | os.PathLike[str] | nn.Module | Donor, revision: str 
     )
 
 
-def _pickled(got: str) -> DonorError:
+def _pickled(got: str, role: str) -> DonorError:
     return DonorError(
-        f"donor must be a safetensors checkpoint, got {got}. Pickles can run code and are not read: load the model "
+        f"{role} must be a safetensors checkpoint, got {got}. Pickles can run code and are not read: load the model "
         "once from a source you trust and write it again with `save_pretrained(..., safe_serialization=True)`."
     )
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, role: str) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DonorError(
-            f"donor file must be a whole safetensors file, got {str(path)!r} ({error}). "
+            f"{role} file must be a whole safetensors file, got {str(path)!r} ({error}). "
             "Copy or download it again; a Git LFS pointer must be replaced by the file (git lfs pull)."
         ) from error
 
 
-def _find_in_directory(path: Path) -> Path:
+def _find_in_directory(path: Path, role: str) -> Path:
     for name in (WEIGHTS_FILE, INDEX_FILE):
         if (path / name).is_file():
             return path / name
     files = sorted(file.name for file in path.iterdir())
     pickles = [name for name in files if name.startswith("pytorch_model")]
     if pickles:
-        raise _pickled(f"{pickles[0]!r} in {str(path)!r}")
+        raise _pickled(f"{pickles[0]!r} in {str(path)!r}", role)
     raise DonorError(
-        f"donor directory must hold {WEIGHTS_FILE} or {INDEX_FILE}, got {files[:MAX_LISTED] or 'nothing'} in "
-        f"{str(path)!r}. Write the donor with save_pretrained, or give the path of one .safetensors file."
+        f"{role} directory must hold {WEIGHTS_FILE} or {INDEX_FILE}, got {files[:MAX_LISTED] or 'nothing'} in "
+        f"{str(path)!r}. Write it with save_pretrained, or give the path of one .safetensors file."
     )
 
 
-def _find_on_hub(repo: str, revision: str | None) -> Path:
+def _find_on_hub(repo: str, revision: str | None, role: str) -> Path:
     for name in (WEIGHTS_FILE, INDEX_FILE):
-        path = _download(repo, name, revision)
+        path = _download(repo, name, revision, role)
         if path is not None:
             return path
     try:
@@ -282,11 +315,11 @@ def _find_on_hub(repo: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OfflineModeIsEnabled):
         pickles = []
     if pickles:
-        raise _pickled(f"{pickles[0]!r} in {repo!r}")
-    raise DonorError(f"donor repository must hold {WEIGHTS_FILE} or {INDEX_FILE}, got neither in {repo!r}.")
+        raise _pickled(f"{pickles[0]!r} in {repo!r}", role)
+    raise DonorError(f"{role} repository must hold {WEIGHTS_FILE} or {INDEX_FILE}, got neither in {repo!r}.")
 
 
-def _download(repo: str, name: str, revision: str | None) -> Path | None:
+def _download(repo: str, name: str, revision: str | None, role: str) -> Path | None:
     """Fetch a file from the Hub or its cache; None where the repository does not have it."""
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
@@ -295,13 +328,13 @@ def _download(repo: str, name: str, revision: str | None) -> Path | None:
         if name == WEIGHTS_FILE:
             return None
         raise DonorError(
-            f"donor must be a directory, or a Hub id that can be reached or is cached, got {repo!r}. "
-            "Check the spelling and the network; when offline, download the donor beforehand."
+            f"{role} must be a directory, or a Hub id that can be reached or is cached, got {repo!r}. "
+            "Check the spelling and the network; when offline, download it beforehand."
         ) from error
     except EntryNotFoundError:
         return None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise DonorError(
-            f"donor must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
+            f"{role} must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
         ) from error

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
+
+from .topk import SelectionError, TopK, refuse_nan, top_k_mask
+
+__all__ = [
+    "RULES",
+    "Evidence",
+    "Granularity",
+    "Needs",
+    "Rule",
+    "Scope",
+    "SelectionError",
+    "TopK",
+    "Units",
+    "generator_of",
+    "get_rule",
+    "no_entry_in_any_tensor",
+    "resolve_budget",
+    "select",
+    "top_k_mask",
+    "unit_of",
+]
 
 Needs = Literal["weights", "gradient", "path_gradient", "squared_gradient", "input_norm", "training"]
 Scope = Literal["global", "tensor"]
 Granularity = Literal["entry", "tensor", "layer"]
-
-
-class SelectionError(ValueError):
-    """A budget, a rule or a score from which no mask can be made."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Evidence:
         delta: `donor - base`, float32, the same shape.
         measured: What the rule's `needs` asks for, float32, broadcastable to the shape; None for `"weights"`.
         seed: Seed of the rule, any integer.
+        generator: Where `random` draws from, for a tensor that is scored piece by piece; by default one of its own.
     """
 
     name: str
@@ -38,6 +54,7 @@ class Evidence:
     delta: torch.Tensor
     measured: torch.Tensor | None = None
     seed: int = 0
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +82,15 @@ def _measured(evidence: Evidence) -> torch.Tensor:
     return evidence.measured
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Return the random numbers of one tensor, which do not depend on the other tensors."""
+    # The CPU generator looks at no more than 32 bits of its seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
 def random(evidence: Evidence) -> torch.Tensor:
     """Score uniformly at random in [0, 1): the floor every other rule must beat."""
-    # The CPU generator looks at no more than 32 bits of its seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {evidence.name}".encode()))
+    generator = evidence.generator or generator_of(evidence.name, evidence.seed)
     return torch.rand(evidence.delta.shape, generator=generator).to(evidence.delta.device)
 
 
@@ -165,103 +187,6 @@ def no_entry_in_any_tensor(density: float) -> SelectionError:
     )
 
 
-def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Mark exactly the `k` highest scores, ties going to the lower index.
-
-    Args:
-        scores: Real scores, 1-D, without NaN.
-        k: How many to mark, in [0, len(scores)].
-
-    Returns:
-        Mask, bool, same shape, with exactly `k` True.
-    """
-    if k >= scores.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    if k <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        position = scores.numel() - k  # numpy selects ten times faster than torch sorts
-        threshold = float(np.partition(scores.detach().numpy(), position)[position])
-    else:
-        threshold = float(torch.topk(scores, k, sorted=False).values.min())
-    mask = scores >= threshold
-    surplus = int(mask.count_nonzero()) - k
-    if surplus:
-        ties = (scores == threshold).nonzero().flatten()
-        mask[ties[-surplus:]] = False
-    return mask
-
-
-class TopK:
-    """Exact top-k over many tensors that are seen one at a time, ties broken by (tensor name, flat index).
-
-    Memory is O(k) plus the tensor at hand, whatever the number of tensors.
-
-    Args:
-        k: Number of entries to keep, >= 1.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.names: list[str] = []
-        self._scores: list[torch.Tensor] = []
-        self._tensors: list[torch.Tensor] = []
-        self._indices: list[torch.Tensor] = []
-        self._threshold = -math.inf
-        self._held = 0
-
-    def add(self, name: str, scores: torch.Tensor) -> None:
-        """Offer one tensor's scores; names must come in increasing order.
-
-        Args:
-            name: Name of the tensor.
-            scores: Scores, any shape, without NaN.
-
-        Raises:
-            SelectionError: The names are out of order, or a score is NaN.
-        """
-        if self.names and name <= self.names[-1]:
-            raise SelectionError(f"names must be added in increasing order, got {name!r} after {self.names[-1]!r}.")
-        flat = scores.detach().flatten().float()
-        _refuse_nan(name, flat)
-        self.names.append(name)
-        # Later entries lose ties against those already held, so only strictly better ones matter once k are held.
-        keep = (flat > self._threshold).nonzero().flatten() if self._held >= self.k else None
-        if keep is None or keep.numel() > self.k:
-            candidates = flat if keep is None else flat[keep]
-            best = top_k_mask(candidates, self.k).nonzero().flatten()
-            keep = best if keep is None else keep[best]
-        self._scores.append(flat[keep].cpu())
-        self._indices.append(keep.cpu())
-        self._tensors.append(torch.full((keep.numel(),), len(self.names) - 1, dtype=torch.int32))
-        self._held += keep.numel()
-        if self._held >= 2 * self.k:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        scores, tensors, indices = torch.cat(self._scores), torch.cat(self._tensors), torch.cat(self._indices)
-        best = top_k_mask(scores, self.k)
-        self._scores, self._tensors, self._indices = [scores[best]], [tensors[best]], [indices[best]]
-        self._held = int(best.sum())
-        if self._held >= self.k:
-            self._threshold = float(self._scores[0].min())
-
-    def result(self) -> dict[str, torch.Tensor]:
-        """Return the kept flat indices per tensor: int64, increasing; tensors without any are left out."""
-        if not self.names:
-            return {}
-        self._shrink()
-        found = {}
-        for position in self._tensors[0].unique().tolist():
-            found[self.names[position]] = self._indices[0][self._tensors[0] == position].sort().values
-        return found
-
-
-def _refuse_nan(name: str, scores: torch.Tensor) -> None:
-    if torch.isnan(scores).any():
-        raise SelectionError(f"scores must not be NaN, got NaN in {name!r}. Check the data and the loss.")
-
-
 def unit_of(name: str, granularity: Granularity) -> str:
     """Name of the unit that a tensor belongs to: itself, or for `"layer"` everything up to the first number.
 
@@ -274,32 +199,54 @@ def unit_of(name: str, granularity: Granularity) -> str:
     return match.group(1) if match else name.rpartition(".")[0] or name
 
 
-def _select_units(
-    scored: Iterable[tuple[str, torch.Tensor]], budget: int, granularity: Granularity
-) -> dict[str, torch.Tensor]:
-    """Take whole tensors or layers, by falling mean score, as long as the next one still fits in the budget."""
-    sums: dict[str, float] = {}
-    members: dict[str, list[tuple[str, int]]] = {}
-    for name, scores in scored:
+class Units:
+    """Mean scores of whole tensors or layers, which may come in pieces.
+
+    Args:
+        granularity: What a unit is: `"tensor"` or `"layer"`.
+    """
+
+    def __init__(self, granularity: Granularity) -> None:
+        self.granularity = granularity
+        self._sums: dict[str, float] = {}
+        self._members: dict[str, dict[str, int]] = {}
+
+    def add(self, name: str, scores: torch.Tensor) -> None:
+        """Take in the scores of a tensor, or of a piece of it.
+
+        Raises:
+            SelectionError: A score is NaN.
+        """
         if not scores.numel():
-            continue
-        unit = unit_of(name, granularity)
-        _refuse_nan(name, scores)
-        sums[unit] = sums.get(unit, 0.0) + float(scores.double().sum())
-        members.setdefault(unit, []).append((name, scores.numel()))
-    sizes = {unit: sum(size for _, size in tensors) for unit, tensors in members.items()}
-    taken: dict[str, torch.Tensor] = {}
-    left = budget
-    for unit in sorted(members, key=lambda unit: (-sums[unit] / sizes[unit], unit)):
-        if sizes[unit] <= left:
-            left -= sizes[unit]
-            taken.update({name: torch.arange(size) for name, size in members[unit]})
-    if not taken:
-        raise SelectionError(
-            f"budget must hold at least one {granularity}, got {budget} entries for units of {min(sizes.values())} or "
-            "more. Raise density or num_params, or choose a finer granularity."
-        )
-    return dict(sorted(taken.items()))
+            return
+        refuse_nan(name, scores)
+        unit = unit_of(name, self.granularity)
+        self._sums[unit] = self._sums.get(unit, 0.0) + float(scores.double().sum())
+        members = self._members.setdefault(unit, {})
+        members[name] = members.get(name, 0) + scores.numel()
+
+    def take(self, budget: int) -> dict[str, int]:
+        """Take units by falling mean score, each as long as it still fits in the budget.
+
+        Returns:
+            Number of entries by name of every tensor taken, in order of the names.
+
+        Raises:
+            SelectionError: No unit fits.
+        """
+        sizes = {unit: sum(members.values()) for unit, members in self._members.items()}
+        taken: dict[str, int] = {}
+        left = budget
+        for unit in sorted(sizes, key=lambda unit: (-self._sums[unit] / sizes[unit], unit)):
+            if sizes[unit] <= left:
+                left -= sizes[unit]
+                taken |= self._members[unit]
+        if not taken:
+            raise SelectionError(
+                f"budget must hold at least one {self.granularity}, got {budget} entries for units of "
+                f"{min(sizes.values())} or more. Raise density or num_params, or choose a finer granularity."
+            )
+        return dict(sorted(taken.items()))
 
 
 def select(
@@ -345,7 +292,10 @@ def select(
         return chosen
     budget = resolve_budget(sum(sizes.values()), density, num_params)
     if granularity != "entry":
-        return _select_units(scored, budget, granularity)
+        units = Units(granularity)
+        for name, scores in scored:
+            units.add(name, scores)
+        return {name: torch.arange(size) for name, size in units.take(budget).items()}
     best = TopK(budget)
     for name, scores in scored:
         best.add(name, scores)

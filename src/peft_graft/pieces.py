@@ -1,0 +1,185 @@
+"""Two checkpoints side by side, read piece by piece ahead of the arithmetic, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from io import FileIO
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+
+from .donors import FLOAT_DTYPES, DonorError, Extent
+
+# Entries of one read, and of what is handed out: the first keeps disks busy, the second stays in a core's cache.
+BLOCK = 1 << 22
+PIECE = 1 << 18
+_AHEAD = 3
+
+
+class Piece(NamedTuple):
+    """Some entries of one tensor, in the base and in the donor.
+
+    Attributes:
+        name: The tensor's name in the base.
+        start: Flat index of the first of them.
+        base: The base's values, 1-D.
+        donor: The donor's values, of the same shape, in the donor's dtype.
+    """
+
+    name: str
+    start: int
+    base: torch.Tensor
+    donor: torch.Tensor
+
+
+class Pairs:
+    """Tensors of a base beside those of a donor, both in files.
+
+    Args:
+        base: Where each tensor stands: one extent, or several that follow each other in its flat order.
+        donor: The same for the donor, with the same names and counts; None where every donor value is zero.
+        dtypes: Dtype that the base has when it is loaded, by name; values are cast where the file has another one.
+        progress: Called with the number of bytes after every read.
+
+    Raises:
+        DonorError: A tensor is not of a floating-point dtype.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Sequence[Extent]],
+        donor: Mapping[str, Sequence[Extent]] | None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        self._sides = [base] if donor is None else [base, donor]
+        self._dtypes = dtypes or {}
+        self._progress = progress or (lambda count: None)
+        for role, side in zip(("base", "donor"), self._sides, strict=False):
+            _refuse_dtypes(role, side)
+        self.sizes = {name: sum(_count(extent) for extent in base[name]) for name in sorted(base)}
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes one pass reads."""
+        return sum(size * _dtype(side[name]).itemsize for side in self._sides for name, size in self.sizes.items())
+
+    def dtype(self, name: str, donor: bool = False) -> torch.dtype:
+        """Return the dtype of a tensor's values in the base as it is loaded, or in the donor."""
+        if donor and len(self._sides) == 2:
+            return _dtype(self._sides[1][name])
+        return self._dtypes.get(name, _dtype(self._sides[0][name]))
+
+    def pieces(self, names: Iterable[str] | None = None) -> Iterator[Piece]:
+        """Read tensors side by side.
+
+        Args:
+            names: Which ones, in increasing order; None for all.
+
+        Yields:
+            The pieces of each tensor in turn, in order. Their memory is used again for later ones.
+
+        Raises:
+            DonorError: A file is shorter than it was.
+        """
+        wanted = sorted(self.sizes) if names is None else names
+        jobs = ((name, start) for name in wanted for start in range(0, self.sizes[name], BLOCK))
+        width = max((_dtype(extents).itemsize for side in self._sides for extents in side.values()), default=0)
+        with ExitStack() as stack:
+            # One thread a side: both disks, or both ends of one, are busy while this thread computes.
+            readers = [stack.enter_context(_Reader(side, BLOCK * width)) for side in self._sides]
+            waiting: deque[tuple[str, int, list[Future[torch.Tensor]]]] = deque()
+
+            def submit(count: int) -> None:
+                for name, start in islice(jobs, count):
+                    stop = min(start + BLOCK, self.sizes[name])
+                    waiting.append((name, start, [reader.submit(name, start, stop) for reader in readers]))
+
+            submit(_AHEAD)
+            while waiting:
+                name, start, futures = waiting.popleft()
+                before, after = self._values(name, [future.result() for future in futures])
+                for first in range(0, before.numel(), PIECE):
+                    last = first + PIECE
+                    yield Piece(name, start + first, before[first:last], after[first:last])
+                submit(1)
+
+    def _values(self, name: str, read: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._progress(sum(values.nbytes for values in read))
+        before = read[0].to(self.dtype(name))
+        return before, read[1] if len(read) == 2 else torch.zeros_like(before)
+
+
+class _Reader:
+    """A thread that reads entries of one side's tensors into a ring of buffers."""
+
+    def __init__(self, side: Mapping[str, Sequence[Extent]], nbytes: int) -> None:
+        self._side = side
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(_AHEAD)]
+        self._turn = 0
+        self._files: dict[Path, FileIO] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+
+    def submit(self, name: str, start: int, stop: int) -> Future[torch.Tensor]:
+        buffer = self._buffers[self._turn % len(self._buffers)]
+        self._turn += 1
+        return self._thread.submit(self._read, self._side[name], start, stop, buffer)
+
+    def _read(self, extents: Sequence[Extent], start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        dtype = _dtype(extents)
+        values = buffer[: (stop - start) * dtype.itemsize]
+        into, at = memoryview(values.numpy()), 0
+        for extent in extents:
+            first, last = max(start - at, 0), min(stop - at, _count(extent))
+            if first < last:
+                here = (at + first - start) * dtype.itemsize
+                self._fill(extent, first * dtype.itemsize, into[here : here + (last - first) * dtype.itemsize])
+            at += _count(extent)
+        return values.view(dtype)
+
+    def _fill(self, extent: Extent, skip: int, into: memoryview) -> None:
+        file = self._files.get(extent.path)
+        if file is None:
+            file = self._files[extent.path] = FileIO(extent.path)
+        file.seek(extent.offset + skip)
+        done = 0
+        while done < len(into):
+            count = file.readinto(into[done:])
+            if not count:
+                raise DonorError(
+                    f"{str(extent.path)!r} must stay as it is while it is read, got its end too early. Run it again."
+                )
+            done += count
+
+
+def _count(extent: Extent) -> int:
+    return math.prod(extent.shape)
+
+
+def _dtype(extents: Sequence[Extent]) -> torch.dtype:
+    return cast(torch.dtype, extents[0].dtype)
+
+
+def _refuse_dtypes(role: str, side: Mapping[str, Sequence[Extent]]) -> None:
+    for name, extents in sorted(side.items()):
+        dtypes = {extent.dtype for extent in extents}
+        if len(dtypes) > 1 or not dtypes <= {*FLOAT_DTYPES}:
+            raise DonorError(
+                f"{role} tensors must be float64, float32, float16 or bfloat16, got "
+                f"{', '.join(sorted(map(str, dtypes)))} in {name!r}. "
+                "Quantized and integer tensors cannot be grafted: use full-precision weights, or exclude it."
+            )

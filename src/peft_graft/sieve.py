@@ -1,0 +1,188 @@
+"""Which entries of two checkpoints are taken, found piece by piece: the selection of files larger than memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .deltas import DonorError, count_nonfinite
+from .pieces import Pairs, Piece
+from .selection import Evidence, Granularity, Rule, Scope, Units, generator_of, no_entry_in_any_tensor, resolve_budget
+from .topk import TopK, find_threshold, places
+
+# Up to this many entries are chosen in one pass, of which twice as many may be held at 16 bytes or more: about 1 GB.
+HELD_AT_ONCE = 1 << 25
+
+MaskOf = Callable[[Piece, torch.Tensor], torch.Tensor]
+
+
+class Taken(NamedTuple):
+    """The entries taken from one tensor of the donor.
+
+    Attributes:
+        name: The tensor's name in the base.
+        indices: Flat indices, int64 [n], increasing.
+        donor: The donor's values there, float [n], in the donor's dtype.
+        base: The base's values there, float [n], in the base's dtype.
+    """
+
+    name: str
+    indices: torch.Tensor
+    donor: torch.Tensor
+    base: torch.Tensor
+
+
+class Sieve:
+    """Choose entries by a data-free rule, exactly as `selection.select` does, without holding a tensor as a whole.
+
+    A budget that fits in memory takes one pass over the files, a larger one three: two for the threshold, one to take.
+
+    Args:
+        pairs: The files.
+        rule: A rule that needs nothing but weights; None to take every entry whose bits differ.
+        density: As in `select`.
+        num_params: As in `select`.
+        scope: As in `select`.
+        granularity: As in `select`.
+        seed: Seed of the rule.
+        held: How many entries may be chosen in one pass.
+
+    Attributes:
+        differs: Whether any entry was seen that differs; known once the entries have been taken.
+
+    Raises:
+        SelectionError: The budget is impossible.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        rule: Rule | None,
+        *,
+        density: float | None = None,
+        num_params: int | None = None,
+        scope: Scope = "global",
+        granularity: Granularity = "entry",
+        seed: int = 0,
+        held: int = HELD_AT_ONCE,
+    ) -> None:
+        self._pairs, self._rule, self._seed, self._held = pairs, rule, seed, held
+        self._density, self._scope, self._granularity = density, scope, granularity
+        self.total = sum(pairs.sizes.values())
+        self._budget = 0 if rule is None else resolve_budget(self.total, density, num_params)
+        self.differs = False
+
+    @property
+    def passes(self) -> int:
+        """How often the files are read, at most."""
+        if self._granularity != "entry":
+            return 2
+        if self._rule is None or self._budget == self.total:
+            return 1
+        counts = [self._count(name) for name in self._pairs.sizes] if self._scope == "tensor" else [self._budget]
+        return 3 if max(counts) > self._held else 1
+
+    def taken(self) -> Iterator[Taken]:
+        """Yield what is taken, tensor by tensor, in order of the names.
+
+        Raises:
+            DonorError: The donor holds NaN or Inf.
+            SelectionError: Nothing fits the budget, or a score is NaN.
+        """
+        if self._rule is None:
+            yield from self._where(self._pairs.sizes, _bits_differ)
+        elif self._granularity != "entry":
+            units = Units(self._granularity)
+            for piece, scores in self._scored(self._pairs.sizes):
+                units.add(piece.name, scores)
+            yield from self._where(units.take(self._budget), _everything)
+        elif self._scope == "tensor":
+            counts = {name: count for name in self._pairs.sizes if (count := self._count(name))}
+            if not counts:
+                raise no_entry_in_any_tensor(self._density or 0.0)
+            for name, count in counts.items():
+                yield from self._best([name], count)
+        elif self._budget == self.total:
+            yield from self._where(self._pairs.sizes, _everything)
+        else:
+            yield from self._best(list(self._pairs.sizes), self._budget)
+
+    def _count(self, name: str) -> int:
+        return round((self._density or 0.0) * self._pairs.sizes[name])
+
+    def _best(self, names: Sequence[str], k: int) -> Iterator[Taken]:
+        if k <= self._held:
+            best = TopK(k)
+            for piece, scores in self._scored(names):
+                best.add(piece.name, scores, piece.donor, piece.base)
+            for name, (indices, donor, base) in best.taken():
+                yield Taken(name, indices, donor.to(self._pairs.dtype(name, donor=True)), base.to(self._dtype(name)))
+            return
+        threshold, ties = find_threshold(lambda: (scores for _, scores in self._scored(names)), k)
+
+        def above(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
+            nonlocal ties
+            mask = scores > threshold
+            if ties:
+                equal = places(scores == threshold)[:ties]
+                mask[equal] = True
+                ties -= len(equal)
+            return mask
+
+        yield from self._where(names, above)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._pairs.dtype(name)
+
+    def _scored(self, names: Iterable[str]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Every piece with its scores; with its delta, where no rule scores."""
+        generator = None
+        for piece in self._pairs.pieces(names):
+            delta = self._delta(piece)
+            if self._rule is None:
+                yield piece, delta
+                continue
+            if piece.start == 0:
+                generator = generator_of(piece.name, self._seed)
+            yield piece, self._rule.score(Evidence(piece.name, piece.base, delta, None, self._seed, generator))
+
+    def _delta(self, piece: Piece) -> torch.Tensor:
+        before = piece.base.float() if piece.base.dtype == torch.float64 else piece.base
+        # In place, the other operand is widened on the way, which is exact and spares a copy.
+        delta = piece.donor.to(torch.float32, copy=True).sub_(before)
+        if not self.differs:
+            self.differs = bool(delta.any())
+        # A finite delta has finite ends, so one sum settles the usual case.
+        if not math.isfinite(delta.sum()) and (bad := count_nonfinite(piece.donor)):
+            raise DonorError(
+                f"donor tensors must be finite, got {bad:,} NaN or Inf in {piece.name!r}. "
+                "Its training has probably diverged: use an earlier checkpoint."
+            )
+        return delta
+
+    def _where(self, names: Iterable[str], mask_of: MaskOf) -> Iterator[Taken]:
+        """Take what a mask says, holding what is taken of one tensor at a time."""
+        name, parts = "", list[tuple[torch.Tensor, ...]]()
+        for piece, scores in self._scored(names):
+            if piece.name != name and parts:
+                yield Taken(name, *map(torch.cat, zip(*parts, strict=True)))
+                parts = []
+            name = piece.name
+            where = places(mask_of(piece, scores))
+            if where.numel():
+                parts.append((where + piece.start, piece.donor[where], piece.base[where]))
+        if parts:
+            yield Taken(name, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _everything(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+def _bits_differ(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(piece.base.dtype, piece.donor.dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
+    return piece.base.to(wide).view(integer) != piece.donor.to(wide).view(integer)

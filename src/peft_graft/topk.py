@@ -1,0 +1,198 @@
+"""Exact top-k over tensors that are seen one at a time, or piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class SelectionError(ValueError):
+    """A budget, a rule or a score from which no mask can be made."""
+
+
+def refuse_nan(name: str, scores: torch.Tensor) -> None:
+    """Refuse scores that cannot be ordered.
+
+    Raises:
+        SelectionError: A score is NaN.
+    """
+    if not scores.numel():
+        return
+    # The maximum of anything with NaN is NaN. Here and below: numpy takes a fraction of torch's time on the CPU.
+    if math.isnan(scores.detach().numpy().max() if _is_plain(scores) else scores.max()):
+        raise SelectionError(f"scores must not be NaN, got NaN in {name!r}. Check the data and the loss.")
+
+
+def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Mark exactly the `k` highest scores, ties going to the lower index.
+
+    Args:
+        scores: Real scores, 1-D, without NaN.
+        k: How many to mark, in [0, len(scores)].
+
+    Returns:
+        Mask, bool, same shape, with exactly `k` True.
+    """
+    if k >= scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    if k <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        position = scores.numel() - k  # numpy selects ten times faster than torch sorts
+        threshold = float(np.partition(scores.detach().numpy(), position)[position])
+    else:
+        threshold = float(torch.topk(scores, k, sorted=False).values.min())
+    mask = scores >= threshold
+    surplus = int(mask.count_nonzero()) - k
+    if surplus:
+        ties = (scores == threshold).nonzero().flatten()
+        mask[ties[-surplus:]] = False
+    return mask
+
+
+class TopK:
+    """Exact top-k over many tensors that are seen one at a time, ties broken by (tensor name, flat index).
+
+    Memory is O(k) plus the piece at hand, whatever the number of tensors and their sizes: while entries come in, up to
+    2 k are held, each in 12 bytes plus what is carried.
+
+    Args:
+        k: Number of entries to keep, >= 1.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.names: list[str] = []
+        self._starts: list[int] = []  # the position of each tensor's first entry among all entries seen
+        self._seen = 0
+        # Scores, positions (increasing), and what is carried; of each the first `_held` count. Room is made by doubling:
+        # many small tensors that outlive the large ones between them would leave the heap full of holes.
+        self._columns: list[torch.Tensor] = []
+        self._threshold = -math.inf
+        self._held = 0
+
+    def add(self, name: str, scores: torch.Tensor, *carried: torch.Tensor) -> None:
+        """Offer one tensor's scores, or the next piece of those of the tensor before.
+
+        Args:
+            name: Name of the tensor; increasing, or the same for another piece.
+            scores: Scores, any shape, without NaN.
+            carried: Values to keep beside the scores of the entries kept, each of the same shape.
+
+        Raises:
+            SelectionError: The names are out of order, or a score is NaN.
+        """
+        if not self.names or name != self.names[-1]:
+            if self.names and name < self.names[-1]:
+                raise SelectionError(f"names must be added in increasing order, got {name!r} after {self.names[-1]!r}.")
+            self.names.append(name)
+            self._starts.append(self._seen)
+        flat = scores.detach().flatten().float()
+        start, self._seen = self._seen, self._seen + flat.numel()
+        refuse_nan(name, flat)
+        # Later entries lose ties against those already held, so only strictly better ones matter once k are held.
+        keep = _above(flat, self._threshold) if self._held >= self.k else None
+        if keep is None or keep.numel() > self.k:
+            candidates = flat if keep is None else flat[keep]
+            best = places(top_k_mask(candidates, self.k))
+            keep = best if keep is None else keep[best]
+        if not keep.numel():
+            return
+        kept = (values.detach().flatten()[keep.to(values.device)].cpu() for values in carried)
+        self._append(flat[keep].cpu(), keep.cpu() + start, *kept)
+        if self._held >= 2 * self.k:
+            self._shrink()
+
+    def _append(self, *columns: torch.Tensor) -> None:
+        if not self._columns:
+            self._columns = [column[:0] for column in columns]
+        end = self._held + columns[0].numel()
+        for place, new in enumerate(columns):
+            old = self._columns[place]
+            dtype = torch.promote_types(old.dtype, new.dtype)
+            if end > old.numel() or dtype != old.dtype:
+                self._columns[place] = torch.empty(max(end, min(2 * self._held, 3 * self.k)), dtype=dtype)
+                self._columns[place][: self._held] = old[: self._held]
+            self._columns[place][self._held : end] = new
+        self._held = end
+
+    def _shrink(self) -> None:
+        if self._held <= self.k:
+            return
+        best = places(top_k_mask(self._columns[0][: self._held], self.k))
+        for column in self._columns:
+            column[: self.k] = column[: self._held][best]
+        self._held = self.k
+        self._threshold = float(self._columns[0][: self.k].min())
+
+    def taken(self) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+        """Yield what is kept, tensor by tensor; tensors without any are left out.
+
+        Yields:
+            The name, and (flat indices: int64, increasing; and what was carried, in a dtype that holds all of it).
+        """
+        self._shrink()
+        if not self._held:
+            return
+        _, positions, *carried = (column[: self._held] for column in self._columns)
+        ends = torch.searchsorted(positions, torch.tensor([*self._starts[1:], self._seen])).tolist()
+        for name, start, first, last in zip(self.names, self._starts, [0, *ends[:-1]], ends, strict=True):
+            if last > first:
+                yield name, (positions[first:last] - start, *(values[first:last] for values in carried))
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Return the kept flat indices per tensor: int64, increasing; tensors without any are left out."""
+        return {name: indices for name, (indices, *_) in self.taken()}
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """Where a 1-D mask is true: int64, increasing."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.nonzero().flatten()
+
+
+def _above(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    if _is_plain(scores):
+        return torch.from_numpy(np.flatnonzero(scores.numpy() > threshold))
+    return places(scores > threshold)
+
+
+def _is_plain(scores: torch.Tensor) -> bool:
+    return scores.is_cpu and scores.dtype == torch.float32
+
+
+def find_threshold(passes: Callable[[], Iterable[torch.Tensor]], k: int) -> tuple[float, int]:
+    """Find the k-th highest of more scores than memory holds, in two passes over them.
+
+    Args:
+        passes: Starts a pass: float32 scores on the CPU, in pieces of any shape, without NaN; the same every time.
+        k: Which one, in [1, number of scores].
+
+    Returns:
+        The k-th highest score, and how many of those that equal it are among the k highest.
+    """
+    above, leading = 0, None
+    for shift in (16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for scores in passes():
+            keys = _ordered(scores)
+            if leading is not None:
+                keys = keys[keys >> 16 == leading]
+            counts += np.bincount(keys >> shift & 0xFFFF, minlength=counts.size)
+        downward = counts[::-1].cumsum()
+        step = int(np.searchsorted(downward, k - above))
+        above += int(downward[step] - counts[::-1][step])
+        half = counts.size - 1 - step
+        leading = half if leading is None else leading << 16 | half
+    bits = np.uint32(leading or 0)
+    value = bits ^ np.uint32(1 << 31) if bits >> 31 else ~bits
+    return float(value.view(np.float32)), k - above
+
+
+def _ordered(scores: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Integers in the order of the scores; -0 counts as 0."""
+    bits = (scores.flatten() + 0.0).numpy().view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits ^ np.uint32(1 << 31))

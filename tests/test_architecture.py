@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "peft_graft"
 # From the ground up. A file, or a folder with all its files, imports from lower floors, never from beside or above.
 FLOORS = (
     {"_register", "calibration", "codec", "donors", "naming", "ranks", "topk"},
-    {"deltas", "fingerprint", "metrics", "plots", "selection"},
-    {"patch"},
+    {"conversion", "deltas", "fingerprint", "metrics", "pieces", "plots", "selection"},
+    {"patch", "sieve"},
     {"card", "compose", "geometry", "localization"},
     {"tuner"},
     {"scoring"},
-    {"hub", "training"},
+    {"extract", "hub", "training"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -1,12 +1,17 @@
-"""A checkpoint seen in a model's own names: what transformers renames or joins while loading is undone here, unread."""
+"""A model without values, and checkpoints seen in its names: what transformers renames or joins while loading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -20,6 +25,83 @@ from transformers.core_model_loading import (
 from .donors import CheckpointDonor, DonorError, Extent
 
 
+def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
+    """Return the class that a checkpoint was saved from.
+
+    Args:
+        config: The checkpoint's configuration.
+        name: What the checkpoint is called, for the error message.
+
+    Raises:
+        DonorError: It is none of transformers'.
+    """
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise DonorError(
+        f"architectures must name a model of transformers, got {config.architectures!r} in config.json of {name!r}. "
+        "Load both models yourself and use get_peft_model(base, GraftConfig(donor=model, ...))."
+    )
+
+
+def read_config(source: str | os.PathLike[str], revision: str | None = None) -> PretrainedConfig | None:
+    """Read a checkpoint's configuration; None where it is a file without one."""
+    if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / "config.json").is_file()):
+        return None
+    return AutoConfig.from_pretrained(source, revision=revision or "main")
+
+
+def build_skeleton(
+    base: str | os.PathLike[str],
+    revision: str | None = None,
+    like: PretrainedConfig | None = None,
+    model_type: Any = None,
+) -> PreTrainedModel:
+    """Build the base as transformers would load it, without its values: they are on the meta device and are not read.
+
+    Args:
+        base: A directory or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        like: Configuration of a fine-tuned model of the base, whose class and number of labels to take.
+        model_type: A class with `from_pretrained`, such as an auto class; by default that of `like`, or the base's own.
+
+    Returns:
+        The model, in the dtypes that `from_pretrained(base)` gives it, tied where it ties.
+
+    Raises:
+        DonorError: The base is quantized, or of no architecture of transformers.
+        OSError: There is no such base.
+    """
+    config = read_config(base, revision)
+    if config is None:
+        raise DonorError(f"base must be a directory with config.json or a Hub id, got {os.fspath(base)!r}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise DonorError(f"base must be in a float dtype, got the quantized {os.fspath(base)!r}. Use the original.")
+    if like is not None and like.model_type == config.model_type:
+        config.num_labels = like.num_labels or 0
+    cls = model_type or model_class(like or config, os.fspath(base))
+    with _quiet():
+        return cls.from_pretrained(
+            base, config=config, revision=revision or "main", device_map="meta", ignore_mismatched_sizes=True
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report on values that it believes to be loading."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 class ModelView:
     """A checkpoint whose tensors bear the names that they have in a model.
 
@@ -28,7 +110,7 @@ class ModelView:
 
     Args:
         checkpoint: The files.
-        model: The model, also without values (meta device), before any adapter is added.
+        model: The model, with or without adapters, and with or without values (meta device).
 
     Attributes:
         name: The checkpoint's name.
@@ -42,8 +124,8 @@ class ModelView:
         self._stored: dict[str, list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._refused: dict[str, str] = {}
-        collected = _collect(checkpoint.names(), model)
-        state = model.state_dict()
+        state = _plain_state(model)
+        collected = _collect(checkpoint.names(), model, state)
         for target, (converter, sources) in collected.items():
             if converter is None:
                 stored = [key for keys in sources.values() for key in keys][:1]
@@ -93,8 +175,17 @@ class ModelView:
             )
 
 
+def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict as it was before adapters were added."""
+    return {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for key, tensor in model.state_dict().items()
+        if not {"graft_patch", "modules_to_save"} & {*key.split(".")}
+    }
+
+
 def _collect(
-    keys: Sequence[str], model: nn.Module
+    keys: Sequence[str], model: nn.Module, state: dict[str, torch.Tensor]
 ) -> dict[str, tuple[WeightConverter | None, dict[str, list[str]]]]:
     """Sort a checkpoint's keys by the model's tensor that they become part of, as transformers does when it loads them.
 
@@ -103,7 +194,7 @@ def _collect(
     """
     if not isinstance(model, PreTrainedModel):
         return {key: (None, {key: [key]}) for key in keys}
-    state, prefix = model.state_dict(), model.base_model_prefix
+    prefix = model.base_model_prefix
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -114,7 +205,7 @@ def _collect(
         if target not in state and key in state:
             target, pattern = key, None
         converter = None if pattern is None else by_pattern[pattern]
-        sources = {} if converter is None else {each: [] for each in converter.source_patterns}
+        sources: dict[str, list[str]] = {} if converter is None else {each: [] for each in converter.source_patterns}
         found.setdefault(target, (converter, sources))[1].setdefault(pattern or key, []).append(key)
     return found
 

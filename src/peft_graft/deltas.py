@@ -204,6 +204,7 @@ def _misfit_message(
             f"the base and {theirs[0]} in the donor {donor.name!r} ({shapes}{more}). Resize the base first, with "
             f"resize_token_embeddings({theirs[0]}) or num_labels, or leave the modules out: exclude_modules={modules}."
         )
+    role, other = ("base", "model") if getattr(donor, "role", "") == "base" else ("donor", "base")
     parts = []
     if missing:
         listed = ", ".join(missing[:MAX_LISTED]) + (", ..." if len(missing) > MAX_LISTED else "")
@@ -214,7 +215,9 @@ def _misfit_message(
         remedy = "This is not the same architecture: a donor is the same model as the base, fine-tuned."
     else:
         remedy = "Use the checkpoint that was fine-tuned from this base, or leave the modules out with exclude_modules."
-    return f"donor must hold every targeted tensor of the base, got {donor.name!r} with {', '.join(parts)}. {remedy}"
+    return (
+        f"{role} must hold every targeted tensor of the {other}, got {donor.name!r} with {', '.join(parts)}. {remedy}"
+    )
 
 
 def _only_rows_differ(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -45,7 +45,10 @@ class Pairs:
         base: Where each tensor stands: one extent, or several that follow each other in its flat order.
         donor: The same for the donor, with the same names and counts; None where every donor value is zero.
         dtypes: Dtype that the base has when it is loaded, by name; values are cast where the file has another one.
-        progress: Called with the number of bytes after every read.
+
+    Attributes:
+        sizes: Number of entries by name, in increasing order.
+        progress: Called with the number of bytes of every read.
 
     Raises:
         DonorError: A tensor is not of a floating-point dtype.
@@ -56,19 +59,21 @@ class Pairs:
         base: Mapping[str, Sequence[Extent]],
         donor: Mapping[str, Sequence[Extent]] | None,
         dtypes: Mapping[str, torch.dtype] | None = None,
-        progress: Callable[[int], object] | None = None,
     ) -> None:
         self._sides = [base] if donor is None else [base, donor]
         self._dtypes = dtypes or {}
-        self._progress = progress or (lambda count: None)
+        self.progress: Callable[[int], object] = lambda count: None
         for role, side in zip(("base", "donor"), self._sides, strict=False):
             _refuse_dtypes(role, side)
         self.sizes = {name: sum(_count(extent) for extent in base[name]) for name in sorted(base)}
 
     @property
-    def nbytes(self) -> int:
-        """How many bytes one pass reads."""
-        return sum(size * _dtype(side[name]).itemsize for side in self._sides for name, size in self.sizes.items())
+    def nbytes(self) -> tuple[int, int]:
+        """How many bytes one pass reads of the base, and of the donor."""
+        base, *donor = (
+            sum(size * _dtype(side[name]).itemsize for name, size in self.sizes.items()) for side in self._sides
+        )
+        return base, sum(donor)
 
     def dtype(self, name: str, donor: bool = False) -> torch.dtype:
         """Return the dtype of a tensor's values in the base as it is loaded, or in the donor."""
@@ -111,7 +116,7 @@ class Pairs:
                 submit(1)
 
     def _values(self, name: str, read: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        self._progress(sum(values.nbytes for values in read))
+        self.progress(sum(values.nbytes for values in read))
         before = read[0].to(self.dtype(name))
         return before, read[1] if len(read) == 2 else torch.zeros_like(before)
 
@@ -142,7 +147,7 @@ class _Reader:
     def _read(self, extents: Sequence[Extent], start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         dtype = _dtype(extents)
         values = buffer[: (stop - start) * dtype.itemsize]
-        into, at = memoryview(values.numpy()), 0
+        into, at = memoryview(values.numpy().data), 0
         for extent in extents:
             first, last = max(start - at, 0), min(stop - at, _count(extent))
             if first < last:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from .deltas import DonorError, count_nonfinite
 from .pieces import Pairs, Piece
-from .selection import Evidence, Granularity, Rule, Scope, Units, generator_of, no_entry_in_any_tensor, resolve_budget
+from .selection import Evidence, Granularity, Rule, Units, generator_of, no_entry_in_any_tensor, resolve_budget
 from .topk import TopK, find_threshold, places
 
 # Up to this many entries are chosen in one pass, of which twice as many may be held at 16 bytes or more: about 1 GB.
@@ -64,8 +64,8 @@ class Sieve:
         *,
         density: float | None = None,
         num_params: int | None = None,
-        scope: Scope = "global",
-        granularity: Granularity = "entry",
+        scope: str = "global",
+        granularity: str = "entry",
         seed: int = 0,
         held: int = HELD_AT_ONCE,
     ) -> None:
@@ -80,10 +80,11 @@ class Sieve:
         """How often the files are read, at most."""
         if self._granularity != "entry":
             return 2
-        if self._rule is None or self._budget == self.total:
+        if self._rule is None:
             return 1
-        counts = [self._count(name) for name in self._pairs.sizes] if self._scope == "tensor" else [self._budget]
-        return 3 if max(counts) > self._held else 1
+        sizes = self._pairs.sizes
+        budgets = [(self._count(name), size) for name, size in sizes.items()] if self._scope == "tensor" else []
+        return 3 if any(self._held < k < size for k, size in budgets or [(self._budget, self.total)]) else 1
 
     def taken(self) -> Iterator[Taken]:
         """Yield what is taken, tensor by tensor, in order of the names.
@@ -95,7 +96,7 @@ class Sieve:
         if self._rule is None:
             yield from self._where(self._pairs.sizes, _bits_differ)
         elif self._granularity != "entry":
-            units = Units(self._granularity)
+            units = Units(cast(Granularity, self._granularity))
             for piece, scores in self._scored(self._pairs.sizes):
                 units.add(piece.name, scores)
             yield from self._where(units.take(self._budget), _everything)
@@ -105,8 +106,6 @@ class Sieve:
                 raise no_entry_in_any_tensor(self._density or 0.0)
             for name, count in counts.items():
                 yield from self._best([name], count)
-        elif self._budget == self.total:
-            yield from self._where(self._pairs.sizes, _everything)
         else:
             yield from self._best(list(self._pairs.sizes), self._budget)
 
@@ -114,6 +113,9 @@ class Sieve:
         return round((self._density or 0.0) * self._pairs.sizes[name])
 
     def _best(self, names: Sequence[str], k: int) -> Iterator[Taken]:
+        if k == sum(self._pairs.sizes[name] for name in names):
+            yield from self._where(names, _everything)
+            return
         if k <= self._held:
             best = TopK(k)
             for piece, scores in self._scored(names):

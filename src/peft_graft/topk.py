@@ -69,8 +69,8 @@ class TopK:
         self.names: list[str] = []
         self._starts: list[int] = []  # the position of each tensor's first entry among all entries seen
         self._seen = 0
-        # Scores, positions (increasing), and what is carried; of each the first `_held` count. Room is made by doubling:
-        # many small tensors that outlive the large ones between them would leave the heap full of holes.
+        # Scores, positions (increasing), and what is carried; of each the first `_held` count. Room is made by
+        # doubling: many small tensors that outlive large ones would leave the heap full of holes.
         self._columns: list[torch.Tensor] = []
         self._threshold = -math.inf
         self._held = 0

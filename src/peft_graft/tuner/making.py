@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..card import installed_versions
-from ..deltas import Donor, nothing_to_graft, open_donor, resolve_names, stream
+from ..conversion import ModelView
+from ..deltas import CheckpointDonor, Donor, nothing_to_graft, open_donor, resolve_names, stream
 from ..naming import cached_commit
 from ..selection import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
 from .checkpoint import register_with_trainer
@@ -58,15 +59,20 @@ class PatchMaker:
         """The base's parameters by tensor name; sharded ones are gathered when their turn comes."""
         return WholeTensors({name: layer.base_parameter(param) for name, (layer, param) in targets.items()})
 
-    def _graft(self, adapter_name: str) -> None:
+    def open_donor(self, adapter_name: str) -> Donor:
+        """Open an adapter's donor, and put it on record."""
         config = self.peft_config[adapter_name]
         donor = open_donor(config.donor, config.donor_revision)
-        self.donors[adapter_name] = donor
-        self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
         config.provenance = {"versions": installed_versions()}
+        self.donors[adapter_name] = ModelView(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
+        return self.donors[adapter_name]
+
+    def _graft(self, adapter_name: str) -> None:
+        config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
+        self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
         graft_heads(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.needs in ("weights", "training"):
@@ -74,13 +80,20 @@ class PatchMaker:
         else:
             self.states[adapter_name].waits_for_data = True
 
-    def donor_names(self, adapter_name: str) -> dict[str, str]:
+    def donor_names(self, adapter_name: str, donor: Donor | None = None) -> dict[str, str]:
         """Donor tensor name by base tensor name, for every targeted tensor.
 
+        Args:
+            adapter_name: Name of the adapter.
+            donor: Where to look; by default the adapter's donor.
+
         Raises:
-            DonorError: Tensors are missing or have other shapes.
+            DonorError: Tensors are missing, have other shapes, or are stored in another form.
         """
         targets = self.targets(adapter_name)
+        donor = self.donors[adapter_name] if donor is None else donor
+        if isinstance(donor, ModelView):
+            donor.require_plain(list(targets))
         prefix = getattr(self.model, "base_model_prefix", "")
         aliases: dict[str, list[str]] = {}
         for layer in self._layers():
@@ -88,7 +101,7 @@ class PatchMaker:
                 aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
         return resolve_names(
             {name: whole_shape(layer.base_parameter(param)) for name, (layer, param) in targets.items()},
-            self.donors[adapter_name],
+            donor,
             prefixes=(prefix,) if prefix else (),
             aliases=aliases,
         )

@@ -195,6 +195,9 @@ def pack(
     state = _state(places, adapter_name)
     if not (state.in_training and state.logits()):
         state.require_ready("saved")
+    root = _ROOT if any(place.key.startswith(_ROOT) for place in places.values()) else ""
+    if state.packed is not None:
+        return {f"{root}{key}": value for key, value in state.packed.items()}
     require_whole_heads(model, adapter_name, state_dict)
     parts, logits = _held(places, adapter_name, state_dict, state)
     if state.in_training and logits is None:
@@ -210,8 +213,7 @@ def pack(
         if config.alpha != "auto":
             # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
             result[_file_key(name, "alpha")] = torch.tensor([state.scale(name)], dtype=torch.float64)
-    rooted = any(place.key.startswith(_ROOT) for place in places.values())
-    return {f"{_ROOT}{key}" if rooted else key: value for key, value in result.items()}
+    return {f"{root}{key}": value for key, value in result.items()}
 
 
 def unpack(

@@ -78,7 +78,9 @@ def build_skeleton(
         raise DonorError(f"base must be a directory with config.json or a Hub id, got {os.fspath(base)!r}.")
     if getattr(config, "quantization_config", None) is not None:
         raise DonorError(f"base must be in a float dtype, got the quantized {os.fspath(base)!r}. Use the original.")
-    if like is not None and like.model_type == config.model_type:
+    if like is not None and like.model_type != config.model_type:
+        like = None  # another architecture; the tensors will tell
+    elif like is not None:
         config.num_labels = like.num_labels or 0
     cls = model_type or model_class(like or config, os.fspath(base))
     with _quiet():

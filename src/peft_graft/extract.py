@@ -100,9 +100,9 @@ def extract(
     target = Path(output_dir)
     require_room(target, overwrite)
     config = _checked(config, exact)
+    base_files = CheckpointDonor(base, base_revision, role="base")
     like = None if config.donor == ZerosDonor.name else read_config(config.donor, config.donor_revision)
     model = build_skeleton(base, base_revision, like)
-    base_files = CheckpointDonor(base, base_revision, role="base")
     ours = ModelView(base_files, model)
     config.task_type = config.task_type or task_of(model)
     peft_model = _with_empty_adapter(model, config, base_revision)
@@ -206,7 +206,7 @@ def _checked(config: GraftConfig, exact: bool) -> GraftConfig:
             f"selection must need no data here, got {config.selection!r} with alpha={config.alpha!r}. Use 'magnitude' "
             "and a number, or load the base and call peft_graft.initialize_graft(model, dataloader)."
         )
-    config = copy.copy(config)
+    config = copy.deepcopy(config)  # PEFT extends its lists in place
     config.donor = os.fspath(config.donor)
     return config
 

@@ -37,10 +37,10 @@ meet_the_base()
 _HEAD = """# Grafts in PEFT's own tests
 
 Written by `python tests/peft_suites/run.py --report FILE`. PEFT's parametrised tests run with the cases of `cases.py`
-instead of PEFT's own methods, and those of `rules.py` that take LoRA as an example run with a graft in its place. Models
-are tiny and random (`tiny_hub.py`), under the names that PEFT's tests load. "Not about grafts" are tests of one other
-method, or of none. What else is left out has its reason below; `rules.py` says which tests these are, and where a graft
-takes part in an exemption that PEFT makes for one of its methods.
+instead of PEFT's own methods, and those of `rules.py` that take LoRA as an example run with a graft in its place.
+Models are tiny and random (`tiny_hub.py`), under the names that PEFT's tests load. "Not about grafts" are tests of one
+other method, or of none. What else is left out has its reason below; `rules.py` says which tests these are, and where a
+graft takes part in an exemption that PEFT makes for one of its methods.
 """
 
 _FOREIGN = "about one other method, or about none"

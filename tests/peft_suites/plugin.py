@@ -118,29 +118,35 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     items[:] = kept
 
 
-@pytest.fixture(autouse=True)
-def _at_home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let grafts take the part of other methods, as the rules say."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: Any) -> None:
+    """Let grafts take the part of other methods, as the rules say; before fixtures, which make configs too."""
+    item.patches = patches = pytest.MonkeyPatch()
     for exemption in EXEMPTIONS:
-        if re.search(exemption.tests, request.node.nodeid):
+        if re.search(exemption.tests, item.nodeid):
             module = importlib.import_module(f"tests.{exemption.module}")
-            monkeypatch.setattr(module, exemption.name, exemption.stand_in)
+            patches.setattr(module, exemption.name, exemption.stand_in)
     for rules, config in ((BORROWED, LoraLike), (BORROWED_FIXED, FixedLike)):
-        if _matches(rules, request.node):
-            monkeypatch.setattr(request.module, "LoraConfig", config)
-    if _matches(BORROWED, request.node):
-        if hasattr(request.cls, "check_requires_grad"):
-            check = request.cls.check_requires_grad
-            monkeypatch.setattr(
-                request.cls,
-                "check_requires_grad",
-                lambda self, model, *names: check(self, model, *in_place_of_lora(model, names)),
-            )
-    if _matches(SAME_BASE, request.node):
+        if _matches(rules, item):
+            patches.setattr(item.module, "LoraConfig", config)
+    if _matches(BORROWED, item) and hasattr(item.cls, "check_requires_grad"):
+        check = item.cls.check_requires_grad
+        patches.setattr(
+            item.cls,
+            "check_requires_grad",
+            lambda self, model, *names: check(self, model, *in_place_of_lora(model, names)),
+        )
+    if _matches(SAME_BASE, item):
         for layer in (torch.nn.Linear, torch.nn.Embedding):
-            monkeypatch.setattr(layer, "reset_parameters", _seeded(layer.reset_parameters))
-    if (models := getattr(request.module, "MockTransformerWrapper", None)) is not None:
-        monkeypatch.setattr(models, "from_pretrained", _with_tied(models.from_pretrained))
+            patches.setattr(layer, "reset_parameters", _seeded(layer.reset_parameters))
+    if (models := getattr(item.module, "MockTransformerWrapper", None)) is not None:
+        patches.setattr(models, "from_pretrained", _with_tied(models.from_pretrained))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: Any) -> None:
+    """Give the names back."""
+    item.patches.undo()
 
 
 def _seeded(stock: Callable[[Any], None]) -> Callable[[Any], None]:

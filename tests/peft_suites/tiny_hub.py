@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 _WIDTHS: dict[str, Any] = {
-    "vocab_size": 99,
+    "vocab_size": 128,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -36,10 +36,10 @@ def _make(name: str, task: str, **options: Any) -> Callable[[], nn.Module]:
 _LLAMA = _WIDTHS | _IDS | {"num_key_value_heads": 2}
 _BERT = _WIDTHS | {"pad_token_id": 0}
 _ROBERTA = _WIDTHS | {"pad_token_id": 1}
-_GPT2 = _IDS | {"vocab_size": 99, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+_GPT2 = _IDS | {"vocab_size": 128, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
 _GPTJ = _GPT2 | {"rotary_dim": 2}
 _OPT = _IDS | {
-    "vocab_size": 99,
+    "vocab_size": 128,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "ffn_dim": 37,
@@ -48,7 +48,7 @@ _OPT = _IDS | {
     "word_embed_proj_dim": 16,
 }
 _T5 = {
-    "vocab_size": 99,
+    "vocab_size": 128,
     "d_model": 16,
     "d_kv": 8,
     "d_ff": 37,
@@ -59,7 +59,7 @@ _T5 = {
     "eos_token_id": 97,
 }
 _BART = {
-    "vocab_size": 99,
+    "vocab_size": 128,
     "d_model": 16,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -89,7 +89,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "peft-internal-testing/tiny-dummy-qwen2": _make("Qwen2", "ForCausalLM", **_LLAMA),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": _make("Gemma3Text", "ForCausalLM", **_GEMMA),
     "peft-internal-testing/tiny-random-BloomForCausalLM": _make(
-        "Bloom", "ForCausalLM", vocab_size=99, hidden_size=16, n_layer=5, n_head=4, **_IDS
+        "Bloom", "ForCausalLM", vocab_size=128, hidden_size=16, n_layer=5, n_head=4, **_IDS
     ),
     "trl-internal-testing/tiny-Llama4ForCausalLM": _make(
         "Llama4Text", "ForCausalLM", **_EXPERTS, intermediate_size_mlp=37, moe_layers=[0, 1], no_rope_layers=[1, 1]

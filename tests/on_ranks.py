@@ -20,12 +20,13 @@ torch.set_num_threads(1)  # before the donor is trained: every process needs the
 
 from accelerate import Accelerator, PartialState  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
+from accelerate.utils import DeepSpeedPlugin, DistributedType  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
 from peft_graft import AlphaCallback, initialize_graft  # noqa: E402
+from peft_graft.tuner.sharding import is_sharded  # noqa: E402
 
 BATCH = 4
 
@@ -88,11 +89,12 @@ def ended(model: Any, out: Path) -> dict[str, Any]:
 def seen(model: Any) -> dict[str, Any]:
     """What this rank has: its candidates, its mask, its alpha, and what the model says."""
     state = model.base_model.states["default"]
+    sharded = sum(is_sharded(parameter) for parameter in model.parameters())
     model.eval()
     with torch.no_grad():
         said = model(**Rows(8).batch).logits.tolist()
     masks = {name: state.mask(name).tolist() for name in state.logits()}
-    return {"held": held(model), "masks": masks, "alpha": state.alpha, "said": said}
+    return {"held": held(model), "masks": masks, "alpha": state.alpha, "said": said, "sharded": sharded}
 
 
 TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (scores, trains, loops)}
@@ -111,12 +113,26 @@ def pretend_that_cpus_shard() -> None:
     AcceleratorState.__init__ = init
 
 
+def partition_everything() -> None:
+    """Let ZeRO-3 partition the smallest parameters too: it would leave all of a tiny model whole."""
+    original = DeepSpeedPlugin.__post_init__
+
+    def post_init(self: DeepSpeedPlugin) -> None:
+        original(self)
+        self.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = post_init
+
+
 def main() -> None:
     """Do the tasks, and write down the engine that did them."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_that_cpus_shard()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    PartialState(**({"backend": "gloo"} if deepspeed else {"cpu": True}))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        partition_everything()
+        PartialState(backend="gloo")
+    else:
+        PartialState(cpu=True)
     out, *names = sys.argv[1:]
     for name in names or TASKS:
         folder = Path(out) / name

@@ -205,9 +205,21 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 def is_simple(module: nn.Module) -> bool:
     """Whether the module's output is computed anew from its parameters, and nobody else looks at these meanwhile."""
+    return _is_known(module) and not _hooks(module)
+
+
+def _is_known(module: nn.Module) -> bool:
     # The experts of transformers have this mark, whichever class they are.
-    known = type(module) in _SIMPLE or "_is_expert_parallel" in vars(module)
-    return known and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return (type(module) in _SIMPLE or "_is_expert_parallel" in vars(module)) and "forward" not in vars(module)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
+
+
+def _gathers(hook: Any) -> bool:
+    """Whether this is a hook of ZeRO-3, which gathers for the layer around the module as well."""
+    return getattr(hook, "__module__", "").startswith("deepspeed.")
 
 
 def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -221,7 +233,9 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
         returns; a patch is a pair of indices and values. None where there is none, so that the module itself must run
         on a patched copy.
     """
-    if not is_simple(module) or any(parameter.requires_grad for parameter in module.parameters()):
+    if not _is_known(module) or not all(map(_gathers, _hooks(module))):
+        return None
+    if any(parameter.requires_grad for parameter in module.parameters()):
         return None
     if isinstance(module, nn.Linear | Conv1D):
         return _run_linear

@@ -11,6 +11,7 @@ split: some rows fit alpha, the others train (or score) the mask. --validation i
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -39,6 +39,7 @@ from make_donor import DonorArguments, make_donor
 from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
 from peft_graft.hub import write_card
 from peft_graft.metrics import Agreement
+from peft_graft.training import last_checkpoint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -87,7 +88,8 @@ class GraftArguments:
     max_length: int = field(default=64, metadata={"help": "Tokens per text; longer ones are cut."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows, their order and the selection."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Checkpoint of an interrupted run (in <output_dir>/checkpoints)."}
+        default=None,
+        metadata={"help": "Checkpoint of an interrupted run (in <output_dir>/checkpoints), or 'last' of them, if any."},
     )
     save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every so many steps; 0 for none."})
     output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
@@ -136,8 +138,10 @@ def fit(
     )
     model = get_peft_model(base, config)
     held_out = batches(calibration, tokenizer)
+    state = tasks.launched()
     if config.needs_data or config.selection == "sigmoid":
-        initialize_graft(model, batches(train, tokenizer, args.batch_size), calibration=held_out)
+        share = slice(state.process_index, None, state.num_processes)  # of the batches, for each process
+        initialize_graft(model, batches(train, tokenizer, args.batch_size)[share], calibration=held_out[share])
     if args.selection == "learned":
         training_args = TrainingArguments(
             output_dir=os.path.join(args.output_dir, "checkpoints"),
@@ -149,14 +153,18 @@ def fit(
             logging_steps=16,
             save_strategy="steps" if args.save_steps else "no",
             save_steps=args.save_steps or 500,
+            save_total_limit=2,
             report_to="none",
             average_tokens_across_devices=False,  # the mean of the ranks' losses, whatever their number
-            dataloader_pin_memory=PartialState().device.type != "cpu",
+            ddp_broadcast_buffers=False,  # the patch is the same on all of them
+            dataloader_pin_memory=state.device.type != "cpu",
         )
         callbacks = [AlphaCallback(held_out)] if config.alpha == "auto" else []
         options = {"args": training_args, "train_dataset": train, "data_collator": tasks.collator(tokenizer)}
         trainer = Trainer(model, callbacks=callbacks, **options)
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        resume = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "last" else resume)
+        model.trainer = trainer  # a sharded model runs as long as the engine of its Trainer lives
     return model.eval()
 
 
@@ -174,7 +182,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
     """
     if (args.base is None) != (args.donor is None):
         raise ValueError(f"base and donor must be given together, got {args.base!r} and {args.donor!r}. Give both.")
-    state, out = PartialState(), Path(args.output_dir)
+    state, out = tasks.launched(), Path(args.output_dir)
     skip = args.skip_train_samples
     if args.base is None:
         donor_args = DonorArguments(
@@ -214,6 +222,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
     )  # fmt: skip
     test = tasks.tokenize(measured_on, tokenizer, args.max_length)
 
+    fresh = copy.deepcopy(base) if state.is_main_process else None  # engines change how models are loaded later
     base.to(state.device).eval()
     logits, labels = tasks.predict(base, test, tokenizer)
     scores = {"base": tasks.measure(logits, labels)}
@@ -237,8 +246,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
 
     if state.is_main_process:
         model.save_pretrained(out)
-        fresh = AutoModelForSequenceClassification.from_pretrained(args.base).to(state.device)
-        reloaded, _ = tasks.predict(PeftModel.from_pretrained(fresh, out).eval(), test, tokenizer)
+        reloaded, _ = tasks.predict(PeftModel.from_pretrained(fresh.to(state.device), out).eval(), test, tokenizer)
         if not torch.equal(reloaded, graft_logits):
             difference = float((reloaded - graft_logits).abs().max())
             raise ValueError(f"reloaded logits must equal the graft's, got a difference of {difference!r}.")
@@ -289,7 +297,7 @@ def main() -> None:
     parser = HfArgumentParser(GraftArguments, description=__doc__.partition("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
     report = run(args)
-    if PartialState().is_main_process:
+    if tasks.launched().is_main_process:
         print("\n" + table(report))
         print(f"saved and reloaded with equal logits: {args.output_dir}/{', '.join(ADAPTER_FILES)}")
         print(f"model card: {args.output_dir}/README.md")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -208,7 +207,7 @@ def fine_tune(
         report_to="none",
         logging_steps=50,
         **tasks.BY_LENGTH,
-        dataloader_pin_memory=PartialState().device.type != "cpu",
+        dataloader_pin_memory=tasks.launched().device.type != "cpu",
         # The mean of the ranks' mean losses, whatever the number of ranks.
         average_tokens_across_devices=False,
     )
@@ -232,7 +231,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
     if args.validation is None and Path(args.train).is_file():
         raise ValueError("validation must be given when train is a file, got None. Pass --validation.")
     set_seed(args.seed)
-    state, out, dtype = PartialState(), Path(args.output_dir), getattr(torch, args.dtype)
+    state, out, dtype = tasks.launched(), Path(args.output_dir), getattr(torch, args.dtype)
     columns = {"text_columns": args.text_columns, "label_column": args.label_column}
     train = tasks.load_rows(args.train, "train", **columns, limit=args.max_train_samples, seed=args.seed)
     names = tasks.label_names(train)
@@ -303,7 +302,7 @@ def main() -> None:
     """Read the flags, make the donor, print the table."""
     (args,) = HfArgumentParser(DonorArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
     report = make_donor(args)
-    if PartialState().is_main_process:
+    if tasks.launched().is_main_process:
         print(table(report))
         print(f"saved base/, donor/ and metrics.json in {args.output_dir}")
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -40,6 +42,11 @@ BY_LENGTH: dict[str, Any] = (
 _SPLIT_SHARES = {"test": 0.30, "validation": 0.15, "train": 0.55}
 # Tests and generated files have little prose; vendored code was written by somebody else.
 _SKIPPED_DIRECTORIES = {"tests", "testing", "_vendor", "externals", "_numpy", "_vendored_packages", "dummy_objects"}
+
+
+def launched() -> PartialState:
+    """What a launcher (accelerate, torchrun) has started this process as; a lone process where there was none."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def minilm_dir() -> str:

@@ -1,6 +1,7 @@
 """What the processes that test_distributed.py launches do: make masks, and write down what each rank has.
 
     torchrun --nproc_per_node 2 tests/on_ranks.py OUT [TASK ...]
+    torchrun --nproc_per_node 2 tests/on_ranks.py OUT graft.py [FLAG ...]
 
 The engine is whatever the launcher says. Rank r writes OUT/<task>/rank<r>.json, and rank 0 alone the adapter beside it.
 """
@@ -23,6 +24,8 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DeepSpeedPlugin, DistributedType  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+import graft  # noqa: E402
+import tasks  # noqa: E402
 from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
 from peft_graft import AlphaCallback, initialize_graft  # noqa: E402
@@ -113,6 +116,16 @@ def pretend_that_cpus_shard() -> None:
     AcceleratorState.__init__ = init
 
 
+def use_gloo() -> None:
+    """Let DeepSpeed's processes talk on CPUs too, where Accelerate chooses nothing by itself."""
+    original = PartialState.__init__
+
+    def init(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
+        original(self, cpu, **(kwargs | {"backend": "gloo"}))
+
+    PartialState.__init__ = init
+
+
 def partition_everything() -> None:
     """Let ZeRO-3 partition the smallest parameters too: it would leave all of a tiny model whole."""
     original = DeepSpeedPlugin.__post_init__
@@ -129,11 +142,14 @@ def main() -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_that_cpus_shard()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        use_gloo()
         partition_everything()
-        PartialState(backend="gloo")
-    else:
-        PartialState(cpu=True)
+    tasks.launched()
     out, *names = sys.argv[1:]
+    if names[:1] == ["graft.py"]:
+        sys.argv = names
+        graft.main()
+        return
     for name in names or TASKS:
         folder = Path(out) / name
         found = TASKS[name](folder)

@@ -18,6 +18,7 @@ from . import ranks
 from .scoring import LossFn, batch_size, default_loss, evaluating, mean_loss, measure
 from .selection import get_rule
 from .tuner import GraftModel
+from .tuner.checkpoint import last_checkpoint as last_checkpoint
 from .tuner.sharding import is_sharded
 
 _STEP = math.log(3.0)

@@ -73,25 +73,24 @@ def _state(places: Mapping[str, _Place], adapter_name: str) -> GraftState:
 
 
 def _held(
-    places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor], state: GraftState
+    places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor], gather: bool = False
 ) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor] | None]:
     """All entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name.
 
-    No logits where only shards of them are at hand.
+    No logits where only shards of them are at hand, unless every rank calls this together, to `gather` them.
     """
     parts: dict[str, TensorPatch] = {}
     logits: dict[str, torch.Tensor] | None = {}
-    learned = state.logits()
     for name, place in places.items():
         if place.layer.keys[place.param] not in place.slot(adapter_name).params:
             continue
         indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
         parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
-        if name not in learned or logits is None:
+        if place.slot(adapter_name).logits(place.layer.keys[place.param]) is None or logits is None:
             continue
         given = state_dict.get(place.live_key(adapter_name, "logits"))
-        if given is not None and hasattr(given, "full_tensor") and state.in_training:
-            given = whole(given)  # a Trainer saves the shards of a checkpoint in this way, on every rank
+        if gather and given is not None:
+            given = whole(given)
         if given is None or is_sharded(given) or given.shape != indices.shape:
             logits = None
         else:
@@ -107,8 +106,22 @@ def _masks(logits: dict[str, torch.Tensor] | None, state: GraftState) -> Mapping
     """
     masks = state.settled_masks() if logits is None else state.masks_of(logits) if logits else {}
     if masks is None:
-        raise ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
+        raise _only_shards()
     return {name: mask.cpu() for name, mask in masks.items()}
+
+
+def _only_shards() -> ValueError:
+    return ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
+
+
+def _goes_on(state: GraftState) -> bool:
+    """Whether training is to go on from what is saved: a Trainer is at work, or is about to load what it has saved.
+
+    With shards a Trainer does both by way of `pack`, on every rank.
+    """
+    logits = state.logits()
+    fresh = state.settled_masks() is None and any(is_sharded(values) for values in logits.values())
+    return bool(logits) and (state.in_training or (state.has_trainer and fresh))
 
 
 def _taken(parts: Mapping[str, TensorPatch], masks: Mapping[str, torch.Tensor]) -> dict[str, TensorPatch]:
@@ -141,7 +154,7 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
         for kind, tensor in place.slot(adapter_name).tensors(place.layer.keys[place.param]).items()
     }
     shapes = {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
-    parts, logits = _held(places, adapter_name, live, state)
+    parts, logits = _held(places, adapter_name, live)
     return Patch(_taken(parts, _masks(logits, state)), shapes)
 
 
@@ -193,22 +206,24 @@ def pack(
     """
     places = _owners(model, adapter_name)
     state = _state(places, adapter_name)
-    if not (state.in_training and state.logits()):
+    goes_on = _goes_on(state)
+    if not goes_on:
         state.require_ready("saved")
     root = _ROOT if any(place.key.startswith(_ROOT) for place in places.values()) else ""
     if state.packed is not None:
         return {f"{root}{key}": value for key, value in state.packed.items()}
-    require_whole_heads(model, adapter_name, state_dict)
-    parts, logits = _held(places, adapter_name, state_dict, state)
-    if state.in_training and logits is None:
-        raise ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
-    masks = {} if state.in_training else _masks(logits, state)
+    if not goes_on:
+        require_whole_heads(model, adapter_name, state_dict)
+    parts, logits = _held(places, adapter_name, state_dict, gather=goes_on)
+    if goes_on and logits is None:
+        raise _only_shards()
+    masks = {} if goes_on else _masks(logits, state)
     patch = Patch(_taken(parts, masks))
     config.fingerprint = _fingerprint(places, patch, state, masks) or config.fingerprint
     result = patch.to_tensors()
     if not state.in_training:
         config.entries = patch.num_params
-    for name, values in (logits or {}).items() if state.in_training else ():
+    for name, values in (logits or {}).items() if goes_on else ():
         result[_file_key(name, "logits")] = values
         if config.alpha != "auto":
             # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from grafts import FAMILIES, MLP, TASKS, graft, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import GraftConfig
-from peft_graft.tuner import layer as layer_module
+from peft_graft.tuner import running
 from peft_graft.tuner.kernels import choose_kernel, patched_run, product_at
 from peft_graft.tuner.writing import patched_copy
 
@@ -197,7 +197,7 @@ def test_models_have_the_gradients_of_the_dense_path(
     options = {"selection": "learned", "density": 0.02, "target_modules": targets, "task_type": TASKS[family]}
     model, batch = graft(base, perturbed(base, scale=0.1), **options).train(), inputs(base)
     ours = logits_gradients(model, batch)
-    monkeypatch.setattr(layer_module, "patched_run", lambda module: None)
+    monkeypatch.setattr(running, "patched_run", lambda module: None)
     theirs = logits_gradients(model, batch)
     assert ours.keys() == theirs.keys() and ours
     for name, gradient in theirs.items():
@@ -215,7 +215,7 @@ def test_two_adapters_and_a_fitted_alpha_have_the_gradients_of_the_dense_path(mo
     found = []
     for patch in (False, True):
         if patch:
-            monkeypatch.setattr(layer_module, "patched_run", lambda module: None)
+            monkeypatch.setattr(running, "patched_run", lambda module: None)
         logits = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(model.train()(**batch).square().sum(), logits)
         alpha = torch.autograd.grad(model.eval()(**batch).square().sum(), alphas)

@@ -167,18 +167,18 @@ def test_such_parameters_run_as_a_copy(how: str) -> None:
 def test_the_copy_of_a_patched_parameter_starts_from_its_own_bits() -> None:
     weight = torch.arange(6.0)
     one, two = torch.tensor([0, 2, 5]), torch.tensor([2, 3])
-    with written(weight, one, torch.tensor([-1.0, -2.0, -3.0]), owner="one") as patched:
+    with written(weight, lambda: (one, torch.tensor([-1.0, -2.0, -3.0])), owner="one") as patched:
         assert patched is weight and weight.tolist() == [-1, 1, -2, 3, 4, -3]
         assert own_entries(weight, torch.arange(6)).tolist() == [0, 1, 2, 3, 4, 5]
         assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
         assert patched_copy(weight, two, torch.tensor([7.0, 8.0])).tolist() == [0, 1, 7, 8, 4, 5]
-        with written(weight, two, torch.tensor([7.0, 8.0]), owner="two") as other:
+        with written(weight, lambda: (two, torch.tensor([7.0, 8.0])), owner="two") as other:
             assert other.tolist() == [0, 1, 7, 8, 4, 5] and weight.tolist() == [-1, 1, -2, 3, 4, -3]
-        with written(weight, one, torch.tensor([-1.0, -2.0, -3.0]), owner="one") as again:
+        with written(weight, lambda: (one, torch.tensor([-1.0, -2.0, -3.0])), owner="one") as again:
             assert again is weight
         assert weight.tolist() == [-1, 1, -2, 3, 4, -3]
     assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not writing._holds
-    with written(weight, one[:0], torch.zeros(0)) as empty:
+    with written(weight, lambda: (one[:0], torch.zeros(0))) as empty:
         assert own_entries(empty, one).tolist() == [0, 2, 5]
 
 
@@ -228,6 +228,75 @@ def graft_in_place(base: nn.Module, donor: nn.Module) -> nn.Module:
     from peft import get_peft_model
 
     return get_peft_model(base, GraftConfig(donor=donor, density=0.01, target_modules="all"))
+
+
+# Generating
+
+
+def language_model() -> tuple[nn.Module, nn.Module]:
+    base = tiny_gpt2()
+    options = {"density": 0.2, "target_modules": "all", "task_type": "CAUSAL_LM"}
+    model = graft(base, perturbed(base, scale=0.3), **options)
+    model.add_adapter("other", GraftConfig(donor=perturbed(base, scale=0.3, seed=9), **options))
+    return base, model.eval()
+
+
+def generated(model: nn.Module, count: int = 6, **options: Any) -> torch.Tensor:
+    options |= {"max_new_tokens": count, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(input_ids=torch.tensor([[5, 6, 7]]), **options).logits
+
+
+class CountWrites(TorchFunctionMode):
+    """Counts how often entries are overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.index_copy_
+        return func(*args, **(kwargs or {}))
+
+
+def test_generating_writes_the_patch_once() -> None:
+    base, model = language_model()
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    counts = []
+    for tokens in (2, 7):
+        with CountWrites() as writes:
+            found = generated(model, tokens)
+        assert all(torch.equal(one, other) for one, other in zip(found, generated(merged, tokens), strict=True))
+        counts.append(writes.count)
+    assert counts[0] == counts[1] > 0
+    assert not writing._holds
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_what_is_switched_while_generating_is_switched() -> None:
+    base, model = language_model()
+    model.set_adapter("other")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    wanted = {"base": output(base, batch), "other": output(model, batch)}
+    model.set_adapter("default")
+    wanted["default"] = output(model, batch)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append({"default": output(model, batch)})
+        with model.disable_adapter():
+            seen[-1]["base"] = output(model, batch)
+        model.set_adapter("other")
+        seen[-1]["other"] = output(model, batch)
+        model.set_adapter("default")
+        with pytest.raises(RuntimeError, match="adapters must be idle to be merged, got a call that patches"):
+            model.merge_adapter()
+        return scores
+
+    generated(model, 2, logits_processor=[look])
+    assert len(seen) == 2
+    assert all(torch.equal(value, wanted[name]) for one in seen for name, value in one.items())
+    assert_same(parameters(model.unload()), parameters(base))
 
 
 # Compilers

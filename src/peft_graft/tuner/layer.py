@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -12,11 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..compose import align, scaled, spread, total
-from .kernels import is_simple, patched_run
 from .mask import GraftState, Slot, straight_through
-from .rows import OnlyMetadata, Rows, run_by_row
+from .rows import OnlyMetadata, Rows
+from .running import PatchedRun
 from .sharding import is_sharded, require_whole, whole
-from .writing import is_traced, own_entries, patched_copy, restored, written
+from .writing import is_held, own_entries, restored
 
 # Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
 _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
@@ -33,7 +32,7 @@ def param_key(param: str) -> str:
     return param.replace(".", "__")
 
 
-class GraftLayer(nn.Module, BaseTunerLayer):
+class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
     """Wrap any module that owns parameters; the forward is the module's own, run on patched parameters.
 
     Args:
@@ -145,10 +144,12 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         mask = None if logits is None else state.mask(name)
         if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
-        base = self.base_entries(param, indices)
         alpha = state.scale(name)
         # alpha = 1 must give the donor's bits; base + (donor - base) would not.
         exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
+        if exactly_donor and mask is None:
+            return indices, donor, None
+        base = self.base_entries(param, indices)
         full = donor if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
             return indices, full, None
@@ -178,93 +179,6 @@ class GraftLayer(nn.Module, BaseTunerLayer):
             say = torch.where(taken.any(0), taken, say)
         return indices, (total(values, say) / say.sum(0)).to(dtype)
 
-    def has_entries(self, adapter_name: str, param: str) -> bool:
-        """Whether an adapter patches this parameter."""
-        owner, owned = self.aliases.get(param, (self, param))
-        return adapter_name in owner.graft_patch and owner.keys[owned] in owner.slot(adapter_name).params
-
-    def effective_entries(
-        self, param: str, adapter_names: list[str] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What these patches (None: the active ones) put where, or None where the parameter is to stay as it is."""
-        owner, owned = self.aliases.get(param, (self, param))
-        if owner.merged or owner.disable_adapters:
-            return None
-        held = {self.tensor_name(param): self.base_parameter(param)}
-        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
-        names = owner.active_adapters if adapter_names is None else adapter_names
-        # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
-        return owner.joint_entries(names, owned, training=torch.is_grad_enabled())
-
-    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
-        """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
-        found = self.effective_entries(param, adapter_names)
-        return None if found is None else patched_copy(self.base_parameter(param), *found)
-
-    @contextmanager
-    def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
-        """The wrapped module, with parameters patched by these adapters; None for the active ones.
-
-        Where no gradient is wanted, they are patched where they are. Else a patched copy shadows the registered
-        parameter as an instance attribute; unlike functional_call this also holds under FSDP.
-        """
-        self._check(adapter_names)
-        module = self.get_base_layer()
-        simple = is_simple(module) and not is_traced()
-        with ExitStack() as undo:
-            for param in self.keys:
-                found = self.effective_entries(param, adapter_names)
-                if found is None:
-                    continue
-                tensor = parameter = self.base_parameter(param)
-                if simple and not torch.is_grad_enabled():
-                    owner, owned = self.aliases.get(param, (self, param))
-                    who = (id(owner), owned, *(owner.active_adapters if adapter_names is None else adapter_names))
-                    tensor = undo.enter_context(written(parameter, *found, owner=who))
-                else:
-                    tensor = patched_copy(parameter, *found)
-                if tensor is parameter:
-                    continue
-                if simple and module is self.get_base_layer():
-                    module = copy.copy(module)  # shares the parameters; other threads do not see the attribute
-                inside, _, name = param.rpartition(".")
-                holder = module.get_submodule(inside)
-                holder.__dict__[name] = tensor
-                undo.callback(holder.__dict__.pop, name)
-            yield module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the wrapped module on patched parameters."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if self.rows is not None:
-            return run_by_row(
-                lambda name, *own, **named: self._run([name], own, named),
-                self.rows, args, kwargs, self.tensor_prefix, self._patches,
-            )  # fmt: skip
-        return self._run(None, args, kwargs)
-
-    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled() and not is_traced() and len(args) == 1 and not kwargs:
-            run = patched_run(self.base_layer)
-            weight = run and self.effective_entries("weight", adapter_names)
-            if run and weight:
-                self._check(adapter_names)
-                bias = self.effective_entries("bias", adapter_names) if "bias" in self.keys else None
-                return run(self.base_layer, args[0], weight, bias)
-        with self.patched(adapter_names) as module:
-            return module(*args, **kwargs)
-
-    def _patches(self, adapter_name: str) -> bool:
-        return any(self.has_entries(adapter_name, param) for param in self.keys)
-
-    def _check(self, adapter_names: list[str] | None) -> None:
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.graft_patch:
-                self.states[name].check(name)
-
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -276,6 +190,7 @@ class GraftLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: The patch waits for data, or `safe_merge` and a value is not finite.
+            RuntimeError: The patch is in use, as inside of `generate`.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.graft_patch]
         if not names:
@@ -284,6 +199,8 @@ class GraftLayer(nn.Module, BaseTunerLayer):
         require_whole(held, "merged", "Save the adapter, and merge it in a model that is not sharded.")
         for name in names:
             self.states[name].require_ready("merged")
+        if busy := [self.tensor_name(param) for param in self.keys if is_held(self.base_parameter(param))]:
+            raise RuntimeError(f"adapters must be idle to be merged, got a call that patches {busy}. Wait for its end.")
         together = [*self.merged_adapters, *names]
         patches = {param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None}
         if safe_merge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -304,6 +304,15 @@ class GraftModel(PatchMaker, BaseTuner):
                 gather_with(runs, [*own_parameters(base).values(), *layer.graft_patch.parameters()])
                 if isinstance(layer, Sidecar):
                     layer.hook()  # again, to act after ZeRO-3's own hooks
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the patches in place all the while, instead of writing them anew for every token."""
+        with ExitStack() as held:
+            with torch.no_grad():
+                for layer in self._layers():
+                    if layer.can_hold():
+                        held.enter_context(layer.patched())
+            return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and what its layers share.

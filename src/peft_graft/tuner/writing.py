@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -64,38 +64,48 @@ def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, bef
 def own_entries(parameter: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The parameter's own values at these flat indices, also while a patch is written into it."""
     entries = parameter.detach().reshape(-1)[indices]
-    hold = _holds.get(parameter.data_ptr()) if _holds else None
+    hold = _hold_on(parameter)
     return entries if hold is None else restored(entries, indices, hold.indices, hold.before)
+
+
+def is_held(parameter: torch.Tensor) -> bool:
+    """Whether a patch is written into the parameter right now."""
+    return _hold_on(parameter) is not None
+
+
+def own_copy(parameter: torch.Tensor) -> torch.Tensor | None:
+    """A copy of the parameter with its own bits, while a patch is written into it; else None."""
+    hold = _hold_on(parameter)
+    if hold is None:
+        return None
+    return parameter.detach().reshape(-1).index_put((hold.indices,), hold.before).view(parameter.shape)
 
 
 def patched_copy(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """A copy of the parameter with these values at these flat indices; gradients reach the values."""
-    flat = parameter.reshape(-1)
-    hold = _holds.get(parameter.data_ptr()) if _holds and not is_traced() else None
-    if hold is not None:
-        flat = flat.index_put((hold.indices,), hold.before)
+    own = own_copy(parameter)
+    flat = (parameter if own is None else own).reshape(-1)
     return flat.index_put((indices,), values).view(parameter.shape)
 
 
 @contextmanager
 def written(
-    parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, owner: Hashable = None
+    parameter: torch.Tensor, patch: Callable[[], tuple[torch.Tensor, torch.Tensor]], owner: Hashable = None
 ) -> Iterator[torch.Tensor]:
-    """Write values into the parameter, and its own bits back afterwards.
+    """Write a patch into the parameter, and its own bits back afterwards.
 
-    Several threads may run one patch at a time: the first writes it, the last takes it off. Who comes with another
-    patch in the meantime, or to a parameter that must not be touched, works on a copy.
+    Several calls may share one patch, one inside the other or in several threads: the first writes it, the last takes
+    it off. Who comes with another patch in the meantime, or to a parameter that must not be touched, works on a copy.
 
     Args:
         parameter: The parameter.
-        indices: Flat indices, int64 [k], increasing.
-        values: What to write there, in the parameter's dtype, [k].
+        patch: Returns flat indices, int64 [k], increasing, and what to write there, [k], in the parameter's dtype. Not
+            called where the patch is there already.
         owner: Equal for calls that write the same; None for a patch of this call alone.
 
     Yields:
         The parameter, or a copy of it, with the patch.
     """
-    values = values.detach()
     hold, ours = None, False
     if can_write(parameter):
         key, flat = parameter.data_ptr(), parameter.data.view(-1)
@@ -103,13 +113,14 @@ def written(
             hold = _holds.get(key)
             ours = hold is None or (owner is not None and hold.owner == owner)
             if hold is None:
+                indices, values = patch()
                 hold = _Hold(owner, indices, flat.index_select(0, indices))
-                flat.index_copy_(0, indices, values)
+                flat.index_copy_(0, indices, values.detach())
                 _holds[key] = hold
             elif ours:
                 hold.users += 1
     if hold is None or not ours:
-        yield patched_copy(parameter.detach(), indices, values)
+        yield patched_copy(parameter.detach(), *patch())
         return
     try:
         yield parameter
@@ -119,3 +130,7 @@ def written(
             if not hold.users:
                 flat.index_copy_(0, hold.indices, hold.before)
                 del _holds[key]
+
+
+def _hold_on(parameter: torch.Tensor) -> _Hold | None:
+    return _holds.get(parameter.data_ptr()) if _holds and not is_traced() else None

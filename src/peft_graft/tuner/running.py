@@ -1,0 +1,139 @@
+"""PatchedRun: how a wrapped module runs on patched parameters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from .kernels import is_simple, patched_run
+from .rows import Rows, run_by_row
+from .sharding import is_sharded, require_whole
+from .writing import can_write, is_traced, own_copy, patched_copy, written
+
+if TYPE_CHECKING:
+    from .layer import GraftLayer
+    from .mask import GraftState
+
+
+class PatchedRun:
+    """What a `GraftLayer` does in its forward."""
+
+    graft_patch: nn.ModuleDict
+    keys: dict[str, str]
+    aliases: dict[str, tuple[GraftLayer, str]]
+    states: dict[str, GraftState]
+    rows: Rows | None
+    tensor_prefix: str
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def _owner(self, param: str) -> tuple[GraftLayer, str]:
+        """Who holds the patch of a parameter, and under which name."""
+        return self.aliases.get(param) or (cast("GraftLayer", self), param)
+
+    def has_entries(self, adapter_name: str, param: str) -> bool:
+        """Whether an adapter patches this parameter."""
+        owner, owned = self._owner(param)
+        return adapter_name in owner.graft_patch and owner.keys[owned] in owner.slot(adapter_name).params
+
+    def effective_adapters(self, param: str, adapter_names: list[str] | None = None) -> list[str]:
+        """Which of these adapters (None: the active ones) are still to patch the parameter."""
+        owner, _ = self._owner(param)
+        if owner.merged or owner.disable_adapters:
+            return []
+        names = owner.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if self.has_entries(name, param)]
+
+    def effective_entries(self, param: str, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What these adapters, which all have entries, put where: indices int64 [n], values [n] in the base's dtype."""
+        owner, owned = self._owner(param)
+        held = {owner.tensor_name(owned): self.base_parameter(param)}
+        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
+        # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
+        found = owner.joint_entries(adapter_names, owned, training=torch.is_grad_enabled())
+        return cast(tuple[torch.Tensor, torch.Tensor], found)
+
+    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
+        """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
+        parameter, names = self.base_parameter(param), self.effective_adapters(param, adapter_names)
+        return patched_copy(parameter, *self.effective_entries(param, names)) if names else own_copy(parameter)
+
+    def can_hold(self) -> bool:
+        """Whether the patches may stay in place beyond one forward."""
+        parameters = [self.base_parameter(param) for param in self.keys]
+        free = all(can_write(parameter) and not is_sharded(parameter) for parameter in parameters)
+        return free and is_simple(self.get_base_layer()) and self.rows is None and not self.disable_adapters
+
+    @contextmanager
+    def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
+        """The wrapped module, with parameters patched by these adapters; None for the active ones.
+
+        Where no gradient is wanted, they are patched where they are. Else a patched copy shadows the registered
+        parameter as an instance attribute; unlike functional_call this also holds under FSDP.
+        """
+        self._check(adapter_names)
+        module = self.get_base_layer()
+        simple = is_simple(module) and not is_traced()
+        with ExitStack() as undo:
+            for param in self.keys:
+                parameter, names = self.base_parameter(param), self.effective_adapters(param, adapter_names)
+                tensor: torch.Tensor | None = None
+                if names and simple and not torch.is_grad_enabled():
+                    owner, owned = self._owner(param)
+                    patch = functools.partial(self.effective_entries, param, names)
+                    tensor = undo.enter_context(written(parameter, patch, (id(owner), owned, *names)))
+                else:
+                    tensor = self.effective(param, adapter_names)
+                if tensor is None or tensor is parameter:
+                    continue
+                if simple and module is self.get_base_layer():
+                    module = copy.copy(module)  # shares the parameters; other threads do not see the attribute
+                inside, _, name = param.rpartition(".")
+                holder = module.get_submodule(inside)
+                holder.__dict__[name] = tensor
+                undo.callback(holder.__dict__.pop, name)
+            yield module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module on patched parameters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.rows is not None and not self.disable_adapters:
+            return run_by_row(
+                lambda name, *own, **named: self._run([name], own, named),
+                self.rows, args, kwargs, self.tensor_prefix, self._patches,
+            )  # fmt: skip
+        return self._run([] if self.disable_adapters else None, args, kwargs)
+
+    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled() and not is_traced() and len(args) == 1 and not kwargs:
+            module = self.get_base_layer()
+            run, names = patched_run(module), self.effective_adapters("weight", adapter_names)
+            if run and names:
+                self._check(adapter_names)
+                biases = self.effective_adapters("bias", adapter_names) if "bias" in self.keys else []
+                bias = self.effective_entries("bias", biases) if biases else None
+                return run(module, args[0], self.effective_entries("weight", names), bias)
+        with self.patched(adapter_names) as module:
+            return module(*args, **kwargs)
+
+    def _patches(self, adapter_name: str) -> bool:
+        return any(self.has_entries(adapter_name, param) for param in self.keys)
+
+    def _check(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.graft_patch:
+                self.states[name].check(name)
+
+    if TYPE_CHECKING:
+
+        def base_parameter(self, param: str) -> torch.Tensor: ...
+        def get_base_layer(self) -> Any: ...
+        def unmerge(self) -> None: ...

@@ -15,6 +15,7 @@ Integers = npt.NDArray[np.int64]
 MAX_NUMEL = 2**48
 
 _RUN, _RICE, _VARINT = range(3)
+CODECS = {_RUN: "run", _RICE: "Rice", _VARINT: "varint"}
 _CHUNK = 1 << 16
 
 

@@ -152,6 +152,10 @@ class ModelView:
         """Return the names in the files of the tensors that follow each other in this one's flat order."""
         return self._stored[name]
 
+    def all_extents(self) -> dict[str, Extent]:
+        """Return where every tensor of the files stands, by its name in the files."""
+        return {name: self._checkpoint.extent(name) for name in self._checkpoint.names()}
+
     def extents(self, name: str) -> list[Extent]:
         """Return where the tensor's entries stand, in its flat order."""
         return [self._checkpoint.extent(stored) for stored in self._stored[name]]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from .conversion import ModelView, build_skeleton, read_config
 from .deltas import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, resolve_names
 from .patch import Fingerprint, Patch, TensorPatch
 from .pieces import Pairs
+from .placing import require_room, written_aside
 from .selection import SelectionError, get_rule
 from .sieve import Sieve
 from .tuner import GraftConfig, GraftModel
@@ -98,7 +95,7 @@ def extract(
         UserWarning: An exact patch is larger than the donor.
     """
     target = Path(output_dir)
-    require_room(target, overwrite)
+    require_room(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     config = _checked(config, exact)
     base_files = CheckpointDonor(base, base_revision, role="base")
     like = None if config.donor == ZerosDonor.name else read_config(config.donor, config.donor_revision)
@@ -120,7 +117,8 @@ def extract(
         granularity=config.granularity,
         seed=config.seed,
     )
-    with written_aside(target) as directory, tempfile.TemporaryFile(dir=directory) as file:
+    # The configuration last: until then, the old one refuses the new tensors.
+    with written_aside(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
         with tqdm(
             total=sum(pairs.nbytes) * sieve.passes, unit="B", unit_scale=True, desc="reading", disable=not progress
         ) as bar:
@@ -144,48 +142,6 @@ def extract(
 def task_of(model: nn.Module) -> str | None:
     """Return PEFT's name of the task that a model's class is made for, None where it has no name for it."""
     return next((task for task, classes in _TASKS.items() if type(model).__name__ in classes.values()), None)
-
-
-def require_room(target: Path, overwrite: bool) -> None:
-    """Refuse to replace an adapter, unless told to.
-
-    Raises:
-        FileExistsError: There is one in `target`.
-        NotADirectoryError: `target` is a file.
-    """
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"output_dir must be a directory, got the file {str(target)!r}. Give another one.")
-    held = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if (target / name).exists()]
-    if held and not overwrite:
-        raise FileExistsError(
-            f"output_dir must hold no adapter yet, got {held[0]!r} in {str(target)!r}. "
-            "Give another directory, or set overwrite."
-        )
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """Let files be written into a directory beside the right one, and take their place when they are whole.
-
-    Args:
-        target: The right directory. Files of other names that are in it already stay.
-
-    Yields:
-        The directory to write into.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            # The configuration last: until then, the old one refuses the new tensors.
-            for file in sorted(temporary.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):
-                os.replace(file, target / file.name)
-        else:
-            os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checked(config: GraftConfig, exact: bool) -> GraftConfig:

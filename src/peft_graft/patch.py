@@ -22,7 +22,7 @@ __all__ = ["Fingerprint", "Patch", "PatchError", "TensorPatch", "file_key", "par
 KINDS = ("indices", "values", "logits", "alpha")
 
 _CONTAINER = "graft_patch"
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +221,7 @@ def parse_file_key(key: str) -> tuple[str, str, str] | None:
     Raises:
         PatchError: If the key names a patch's container and then something unknown.
     """
-    module, container, leaf = ("." + key.removeprefix(_PEFT_PREFIX)).rpartition(f".{_CONTAINER}.")
+    module, container, leaf = ("." + key.removeprefix(PEFT_PREFIX)).rpartition(f".{_CONTAINER}.")
     if not container:
         return None
     param, _, kind = leaf.rpartition("_")

@@ -94,7 +94,7 @@ class Sieve:
             SelectionError: Nothing fits the budget, or a score is NaN.
         """
         if self._rule is None:
-            yield from self._where(self._pairs.sizes, _bits_differ)
+            yield from self._where(self._pairs.sizes, lambda piece, _: bits_differ(piece.base, piece.donor))
         elif self._granularity != "entry":
             units = Units(cast(Granularity, self._granularity))
             for piece, scores in self._scored(self._pairs.sizes):
@@ -184,7 +184,8 @@ def _everything(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(scores, dtype=torch.bool)
 
 
-def _bits_differ(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(piece.base.dtype, piece.donor.dtype)
+def bits_differ(base: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """Mark the entries of two floating-point tensors that differ, also in the sign of a zero; bool, of their shape."""
+    wide = torch.promote_types(base.dtype, donor.dtype)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
-    return piece.base.to(wide).view(integer) != piece.donor.to(wide).view(integer)
+    return base.to(wide).view(integer) != donor.to(wide).view(integer)

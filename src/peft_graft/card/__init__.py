@@ -1,13 +1,14 @@
 """The model card of a saved adapter: what it is, how to load it, what was measured."""
 
 from .edit import CARD_FILE, adopt_edits, refresh_card, save_card
-from .saved import WEIGHTS_FILE, Saved, installed_versions, read_saved
+from .saved import WEIGHTS_FILE, Saved, fetch_adapter, installed_versions, read_saved
 
 __all__ = [
     "CARD_FILE",
     "WEIGHTS_FILE",
     "Saved",
     "adopt_edits",
+    "fetch_adapter",
     "installed_versions",
     "read_saved",
     "refresh_card",

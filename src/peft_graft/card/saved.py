@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from ..naming import CONFIG_FILE
@@ -86,6 +87,16 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved | None:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
     sizes = (weights.stat().st_size, config_file.stat().st_size)
     return Saved(config, counts, whole, sizes, digest.hexdigest()[:16], labels, in_training)
+
+
+def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Return the directory of an adapter; of a Hub id, after its two files have been fetched."""
+    path = Path(source)
+    if path.exists() or isinstance(source, os.PathLike) or path.is_absolute() or source.startswith("."):
+        return path
+    config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
+    # Both of one commit, which is what the cache's directory is named after.
+    return Path(hf_hub_download(source, WEIGHTS_FILE, revision=config.parent.name)).parent
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,0 +1,5 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from .main import main
+
+__all__ = ["main"]

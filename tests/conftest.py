@@ -25,6 +25,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["compatibility"]
+
 
 @pytest.fixture(autouse=True)
 def _known_random_numbers() -> Iterator[None]:

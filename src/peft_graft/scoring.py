@@ -16,6 +16,7 @@ from . import ranks
 from .deltas import stream
 from .selection import SelectionError, top_k_mask
 from .tuner import GraftLayer, GraftModel, Sidecar
+from .tuner.offload import require_gradients
 from .tuner.sharding import require_whole
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -277,9 +278,12 @@ def measure(
         By tensor name, float32, broadcastable to the tensor.
 
     Raises:
-        ValueError: Parameters are sharded.
+        ValueError: Parameters are sharded, or offloaded where gradients are needed.
     """
-    parameters = {name: layer.base_parameter(param) for name, (layer, param) in tuner.targets(adapter_name).items()}
+    targets = tuner.targets(adapter_name)
+    if needs != "input_norm":
+        require_gradients({name: layer.holder(param) for name, (layer, param) in targets.items()})
+    parameters = {name: layer.base_parameter(param) for name, (layer, param) in targets.items()}
     require_whole(
         parameters,
         "scored on data",

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..compose import align, scaled, spread, total
+from .facade import Facade
 from .mask import GraftState, Slot, straight_through
-from .rows import OnlyMetadata, Rows
+from .offload import real_parameter
+from .rows import Rows
 from .running import PatchedRun
-from .sharding import is_sharded, require_whole, whole
+from .sharding import require_whole, whole
 from .writing import is_held, own_entries, restored
-
-# Widths of a Linear, a convolution, an embedding, a Conv1D, attention; PEFT's layers expose the first names.
-_WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
-_WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim")
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -32,7 +29,7 @@ def param_key(param: str) -> str:
     return param.replace(".", "__")
 
 
-class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
+class GraftLayer(PatchedRun, Facade):
     """Wrap any module that owns parameters; the forward is the module's own, run on patched parameters.
 
     Args:
@@ -41,6 +38,7 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
         states: Shared state per adapter name, owned by the `GraftModel`.
     """
 
+    cast_input_dtype_enabled = True  # PEFT's helpers look for it; inputs are the wrapped module's own business
     adapter_layer_names: tuple[str, ...] = ("graft_patch",)
     other_param_names: tuple[str, ...] = ()
     has_rows = True  # whether the rows of a batch may have different patches
@@ -68,10 +66,14 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
         """Name of the parameter in the unwrapped model."""
         return f"{self.tensor_prefix}.{param}" if self.tensor_prefix else param
 
-    def base_parameter(self, param: str) -> torch.Tensor:
-        """The base's parameter itself (patched in place while merged)."""
+    def holder(self, param: str) -> tuple[nn.Module, str]:
+        """The module that owns a parameter, and its name there."""
         module, _, name = param.rpartition(".")
-        return self.get_base_layer().get_submodule(module)._parameters[name]
+        return self.get_base_layer().get_submodule(module), name
+
+    def base_parameter(self, param: str) -> torch.Tensor:
+        """The base's parameter itself (patched in place while merged), also while it is offloaded."""
+        return real_parameter(*self.holder(param))
 
     def slot(self, adapter_name: str) -> Slot:
         """What an adapter holds for this layer."""
@@ -101,6 +103,7 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
     ) -> None:
         """Give an adapter its entries of one parameter (see `Slot.install`), on the parameter's device."""
         device = self.base_parameter(param).device
+        device = torch.device("cpu") if device.type == "meta" else device
         slot = self.slot(adapter_name)
         logits = None if logits is None else logits.to(device)
         slot.install(self.keys[param], indices.to(device), values.to(device), logits)
@@ -119,7 +122,8 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
         """The base's own values at these flat indices, also while a patch is on it."""
         entries = own_entries(whole(self.base_parameter(param)), indices)
-        return restored(entries, indices, *self._backup[param]) if param in self._backup else entries
+        backup = (tensor.to(entries.device) for tensor in self._backup.get(param, ()))
+        return restored(entries, indices, *backup) if param in self._backup else entries
 
     def entries(
         self, adapter_name: str, param: str, training: bool = False
@@ -140,8 +144,8 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
         if slot is None or key not in slot.params:
             return None
         state, name = self.states[adapter_name], self.tensor_name(param)
-        indices, donor, logits = slot.indices(key), slot.values(key), slot.logits(key)
-        mask = None if logits is None else state.mask(name)
+        indices, donor, logits = slot.entries(key, self.base_parameter(param).device)
+        mask = None if logits is None else state.mask(name).to(indices.device)
         if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
         alpha = state.scale(name)
@@ -220,7 +224,7 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
         with torch.no_grad():
             for param, (indices, values) in self._backup.items():
                 flat = self.base_parameter(param).data.view(-1)
-                flat[indices] = values.to(flat)
+                flat[indices.to(flat.device)] = values.to(flat)
         self._backup = {}
         self.merged_adapters = []
 
@@ -237,65 +241,6 @@ class GraftLayer(PatchedRun, nn.Module, BaseTunerLayer):
         for state in self.states.values():
             state.change_mode()
         return super().train(mode)
-
-    def _read(self, param: str) -> torch.Tensor:
-        if self.rows is not None and any(self.has_entries(name, param) for name in self.rows.names):
-            return self.base_parameter(param).as_subclass(OnlyMetadata)
-        # Tied names must stay the parameter itself, or tie_weights would tie a copy.
-        base = self.base_parameter(param)
-        patched = None if param in self.tied or is_sharded(base) else self.effective(param)
-        return base if patched is None else patched
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The patched weight, for code that reads another module's weight."""
-        return self._read("weight") if "weight" in self.keys else self.get_base_layer().weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The patched bias, or None."""
-        return self._read("bias") if "bias" in self.keys else self.get_base_layer().bias
-
-    @property
-    def in_features(self) -> int | None:
-        """Width of what goes in; None where the module has none, as a norm."""
-        return self._width(_WIDTH_IN)
-
-    @property
-    def out_features(self) -> int | None:
-        """Width of what comes out; None where the module has none."""
-        return self._width(_WIDTH_OUT)
-
-    def _width(self, names: tuple[str, ...]) -> int | None:
-        base = self.get_base_layer()
-        return next((getattr(base, name) for name in names if hasattr(base, name)), None)
-
-    def __getattr__(self, name: str) -> Any:
-        """Forward what this wrapper lacks to the wrapped module, patched where it is a parameter."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            if name in self.__dict__.get("keys", {}):
-                return self._read(name)
-            return self._patched_child(name, getattr(self.base_layer, name))
-
-    def _patched_child(self, name: str, child: Any) -> Any:
-        # nn.TransformerEncoderLayer reads self_attn.out_proj.weight without calling self_attn.
-        params = [param for param in self.__dict__.get("keys", {}) if param.startswith(f"{name}.")]
-        if not params:
-            return child
-        view = copy.copy(child)  # shares the parameters; an instance attribute shadows them
-        view.__dict__.update({param.rpartition(".")[2]: self._read(param) for param in params})
-        return view
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Forward writes of the wrapped module's parameters to it (weight tying, initialisation)."""
-        if name in self.__dict__.get("keys", {}):
-            setattr(self.get_base_layer(), name, value)
-        else:
-            super().__setattr__(name, value)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         parameter = next(iter(own_parameters(base_layer).values()), None)

@@ -76,6 +76,15 @@ class Slot(nn.Module):
         """The donor's values of `param`, float [n]."""
         return getattr(self, f"{param}_values")
 
+    def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
+        logits = self.logits(param)
+        return (
+            self.indices(param).to(device),
+            self.values(param).to(device),
+            None if logits is None else logits.to(device),
+        )
+
     def logits(self, param: str) -> nn.Parameter | None:
         """Mask logits of `param`, float32 [n], or None for a fixed mask."""
         return getattr(self, f"{param}_logits", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from .layer import GraftLayer, GraftLinear, own_parameters
 from .making import PatchMaker, Target
 from .mask import GraftState
 from .mixed import rows_of
+from .offload import identity, own_names, require_memory
 from .publishing import keep_card, watch_trainers
 from .sharding import gather_with, is_partitionable
 from .sidecar import SIDECAR, Sidecar
@@ -69,10 +70,11 @@ class GraftModel(PatchMaker, BaseTuner):
             SelectionError: The budget is impossible.
         """
         watch_trainers()
+        require_memory(model)
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
         name_heads(config)
-        from_file = config.is_pretrained or state_dict is not None or low_cpu_mem_usage
+        from_file = config.is_pretrained or state_dict is not None or (low_cpu_mem_usage and config.donor is None)
         if config.donor is None and not from_file:
             raise DonorError(
                 "donor must be a checkpoint, a module or 'zeros', got None. "
@@ -187,21 +189,21 @@ class GraftModel(PatchMaker, BaseTuner):
 
     def _link_tied(self, model: nn.Module) -> None:
         """Give every parameter object one owner; wrap its other holders, so that they see the patch too."""
-        owners: dict[int, Target] = {}
+        owners: dict[Hashable, Target] = {}
         for layer in self._layers():
             for param in layer.keys:
                 if param not in layer.aliases:  # who owns a patch already keeps it
-                    owners.setdefault(id(layer.base_parameter(param)), (layer, param))
+                    owners.setdefault(identity(*layer.holder(param)), (layer, param))
         for key, module in list(model.named_modules(remove_duplicate=False)):
             inside = ".base_layer" in f".{key}" or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-            if inside or not any(id(p) in owners for p in module._parameters.values() if p is not None):
+            if inside or owners.keys().isdisjoint(identity(module, name) for name in own_names(module)):
                 continue
             parent, target, target_name = _get_submodules(model, key)
             if not isinstance(parent, GraftLayer) and not isinstance(target, GraftLayer):
                 self._wrap(parent, target_name, target, key)
         for layer in self._layers():
             for param in layer.keys:
-                owner, owned = owners.setdefault(id(layer.base_parameter(param)), (layer, param))
+                owner, owned = owners.setdefault(identity(*layer.holder(param)), (layer, param))
                 if (owner, owned) != (layer, param):
                     layer.aliases[param] = (owner, owned)
                     layer.tied.add(param)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .kernels import is_simple, patched_run
+from .offload import where_it_runs
 from .rows import Rows, run_by_row
 from .sharding import is_sharded, require_whole
 from .writing import can_write, is_traced, own_copy, patched_copy, written
@@ -97,7 +98,7 @@ class PatchedRun:
                     module = copy.copy(module)  # shares the parameters; other threads do not see the attribute
                 inside, _, name = param.rpartition(".")
                 holder = module.get_submodule(inside)
-                holder.__dict__[name] = tensor
+                holder.__dict__[name] = where_it_runs(holder, tensor)
                 undo.callback(holder.__dict__.pop, name)
             yield module
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import (
-    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -95,20 +94,6 @@ def test_a_saved_config_alone_makes_no_graft(tmp_path: Path) -> None:
 def _saved(base: MLP, out: Path) -> Path:
     graft(base, perturbed(base), density=0.5).save_pretrained(out)
     return out
-
-
-def test_a_graft_is_merged_before_another_method_comes() -> None:
-    base = tiny_bert()
-    donor, batch = perturbed(base), inputs(base)
-    model = graft(base, donor, density=0.05)
-    patched = output(model, batch)
-    lora = get_peft_model(copy.deepcopy(model).merge_and_unload(), LoraConfig(target_modules=["query"]))
-    assert same_bits(output(lora, batch), patched)
-    config = GraftConfig(donor=donor, density=0.1, target_modules=["query"])
-    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
-        with pytest.raises(ValueError, match="it is already a Linear of another PEFT method. Merge and unload"):
-            inject_adapter_in_model(config, lora.base_model.model, adapter_name="skill")
-    assert same_bits(output(lora, batch), patched)
 
 
 def test_an_accelerate_loop_learns_a_mask(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..selection import resolve_budget
 from . import storage
 from .combine import combine, read_patch
 from .config import GraftConfig
+from .exclusive import GraftConfigs, require_no_other_method
 from .heads import copy_heads, name_heads
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .making import PatchMaker, Target
@@ -45,13 +46,15 @@ class GraftModel(PatchMaker, BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
+        require_no_other_method(model)
         # Set before the base class injects. The states are shared with every layer, also with those that a base
         # carries already, from an earlier call or a refused file.
         grafted = next((module for module in model.modules() if isinstance(module, GraftLayer)), None)
         self.states: dict[str, GraftState] = {} if grafted is None else grafted.states
         self.donors: dict[str, Donor] = {}
         self._gathers = False  # whether ZeRO-3 knows what the layers need
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        super().__init__(model, GraftConfigs(configs), adapter_name, **kwargs)
 
     # Injection
 

@@ -8,7 +8,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
@@ -41,8 +40,6 @@ def reason_to_refuse(module: nn.Module) -> str | None:
         return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
     if isinstance(module, nn.RNNBase):
         return "recurrent modules read flattened weights that a patch cannot shadow"
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, GraftLayer):
-        return f"it is already a {type(module).__name__} of another PEFT method. Merge and unload that adapter first"
     frozen = [name for name, value in own_parameters(module).items() if not value.is_floating_point()]
     if frozen:
         return f"{frozen} hold no floating-point values (a quantized base?). Load the base in a float dtype"

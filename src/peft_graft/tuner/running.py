@@ -18,7 +18,6 @@ from .sharding import is_sharded, require_whole
 from .writing import can_write, is_traced, own_copy, patched_copy, written
 
 if TYPE_CHECKING:
-    from .layer import GraftLayer
     from .mask import GraftState
 
 
@@ -27,7 +26,7 @@ class PatchedRun:
 
     graft_patch: nn.ModuleDict
     keys: dict[str, str]
-    aliases: dict[str, tuple[GraftLayer, str]]
+    aliases: dict[str, tuple[Any, str]]  # a GraftLayer and its parameter
     states: dict[str, GraftState]
     rows: Rows | None
     tensor_prefix: str
@@ -35,9 +34,9 @@ class PatchedRun:
     disable_adapters: bool
     merged: bool
 
-    def _owner(self, param: str) -> tuple[GraftLayer, str]:
+    def _owner(self, param: str) -> tuple[Any, str]:
         """Who holds the patch of a parameter, and under which name."""
-        return self.aliases.get(param) or (cast("GraftLayer", self), param)
+        return self.aliases.get(param) or (self, param)
 
     def has_entries(self, adapter_name: str, param: str) -> bool:
         """Whether an adapter patches this parameter."""

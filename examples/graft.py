@@ -42,6 +42,7 @@ from peft_graft.metrics import Agreement
 from peft_graft.training import last_checkpoint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DONOR_ROWS = 2048  # that a donor made here is trained on
 
 
 @dataclass
@@ -168,6 +169,39 @@ def fit(
     return model.eval()
 
 
+def own_donor(args: GraftArguments) -> tuple[Path, Path]:
+    """Make a donor in the output directory, or find the one that was made there.
+
+    Args:
+        args: Everything that `--help` explains. The donor is trained on the first `DONOR_ROWS` shuffled rows of train.
+
+    Returns:
+        Directories of base and donor.
+
+    Raises:
+        ValueError: The donor that is there was made with other flags.
+    """
+    out, state = Path(args.output_dir), PartialState()
+    donor_args = DonorArguments(
+        train=args.train, validation=args.validation, max_train_samples=DONOR_ROWS, optimizer="adamw", seed=args.seed,
+        text_columns=args.text_columns, label_column=args.label_column, output_dir=args.output_dir,
+    )  # fmt: skip
+    if (out / "donor" / "model.safetensors").exists():
+        made = json.loads((out / "donor_metrics.json").read_text(encoding="utf-8"))["arguments"]
+        if made != json.loads(json.dumps(asdict(donor_args))):
+            raise ValueError(
+                f"output_dir must hold no donor made with other flags, got {args.output_dir!r}. "
+                "Choose another --output_dir, or name the donor with --base and --donor."
+            )
+    else:
+        print("making the donor: a linear probe of the head, then fine-tuning ...", flush=True)
+        make_donor(donor_args)
+        if state.is_main_process:
+            (out / "metrics.json").rename(out / "donor_metrics.json")
+        state.wait_for_everyone()
+    return out / "base", out / "donor"
+
+
 def run(args: GraftArguments) -> dict[str, Any]:
     """Graft, save, measure, reload.
 
@@ -183,27 +217,10 @@ def run(args: GraftArguments) -> dict[str, Any]:
     if (args.base is None) != (args.donor is None):
         raise ValueError(f"base and donor must be given together, got {args.base!r} and {args.donor!r}. Give both.")
     state, out = tasks.launched(), Path(args.output_dir)
-    skip = args.skip_train_samples
     if args.base is None:
-        donor_args = DonorArguments(
-            train=args.train, validation=args.validation, max_train_samples=2048, optimizer="adamw", seed=args.seed,
-            text_columns=args.text_columns, label_column=args.label_column, output_dir=args.output_dir,
-        )  # fmt: skip
-        if (out / "donor" / "model.safetensors").exists():
-            made = json.loads((out / "donor_metrics.json").read_text(encoding="utf-8"))["arguments"]
-            if made != json.loads(json.dumps(asdict(donor_args))):
-                raise ValueError(
-                    f"output_dir must hold no donor made with other flags, got {args.output_dir!r}. "
-                    "Choose another --output_dir, or name the donor with --base and --donor."
-                )
-        else:
-            print("making the donor: a linear probe of the head, then fine-tuning ...", flush=True)
-            make_donor(donor_args)
-            if state.is_main_process:
-                (out / "metrics.json").rename(out / "donor_metrics.json")
-            state.wait_for_everyone()
-        args.base, args.donor = str(out / "base"), str(out / "donor")
-        skip = args.skip_train_samples = skip + 2048  # the donor's own rows
+        args.base, args.donor = (str(path) for path in own_donor(args))
+        args.skip_train_samples += DONOR_ROWS
+    skip = args.skip_train_samples
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     base = AutoModelForSequenceClassification.from_pretrained(args.base)
     names = [base.config.id2label[index] for index in range(base.config.num_labels)]

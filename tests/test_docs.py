@@ -42,6 +42,7 @@ def code_of(page: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # no accelerator here
+@pytest.mark.filterwarnings("ignore:patch should be smaller than the donor:UserWarning")  # of so small a donor
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_code_runs(
     page: Path,

@@ -181,7 +181,7 @@ def own_donor(args: GraftArguments) -> tuple[Path, Path]:
     Raises:
         ValueError: The donor that is there was made with other flags.
     """
-    out, state = Path(args.output_dir), PartialState()
+    out, state = Path(args.output_dir), tasks.launched()
     donor_args = DonorArguments(
         train=args.train, validation=args.validation, max_train_samples=DONOR_ROWS, optimizer="adamw", seed=args.seed,
         text_columns=args.text_columns, label_column=args.label_column, output_dir=args.output_dir,

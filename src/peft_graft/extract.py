@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
 from .conversion import ModelView, build_skeleton, read_config
-from .deltas import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, resolve_names
+from .deltas import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
 from .patch import Fingerprint, Patch, TensorPatch
 from .pieces import Pairs
 from .placing import require_room, written_aside
@@ -98,6 +98,7 @@ def extract(
     require_room(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     config = _checked(config, exact)
     base_files = CheckpointDonor(base, base_revision, role="base")
+    open_donor(config.donor, config.donor_revision)  # whose errors call it the donor
     like = None if config.donor == ZerosDonor.name else read_config(config.donor, config.donor_revision)
     model = build_skeleton(base, base_revision, like)
     ours = ModelView(base_files, model)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..naming import CONFIG_FILE
@@ -90,13 +91,29 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved | None:
 
 
 def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the directory of an adapter; of a Hub id, after its two files have been fetched."""
+    """Return the directory of an adapter; of a Hub id, after its two files have been fetched.
+
+    Raises:
+        PatchError: The repository has no such files.
+        OSError: It cannot be read.
+    """
     path = Path(source)
     if path.exists() or isinstance(source, os.PathLike) or path.is_absolute() or source.startswith("."):
         return path
-    config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
-    # Both of one commit, which is what the cache's directory is named after.
-    return Path(hf_hub_download(source, WEIGHTS_FILE, revision=config.parent.name)).parent
+    try:
+        config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
+        # Both of one commit, which is what the cache's directory is named after.
+        return Path(hf_hub_download(source, WEIGHTS_FILE, revision=config.parent.name)).parent
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"adapter must be a directory, or a Hub id that can be reached or is cached, got {source!r}. "
+            "Check the spelling and the network."
+        ) from error
+    except EntryNotFoundError as error:
+        raise PatchError(
+            f"adapter repository must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got {source!r} without. "
+            "Check that it is a PEFT adapter."
+        ) from error
 
 
 def installed_versions() -> dict[str, str]:

@@ -52,6 +52,18 @@ class TestFingerprint:
             other[name][position] = torch.nextafter(other[name][position], torch.tensor(1.0))
             assert not found.matches(other)
 
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_quantized_tensors_need_only_point_the_same_way(self, bits: int) -> None:
+        values, found = entries(), Fingerprint.compute(entries())
+        step = values["b.weight"].abs().max() / (2 ** (bits - 1) - 1)
+        rounded = {**values, "b.weight": (values["b.weight"] / step).round() * step}
+        assert found.matches(rounded, rounded=["b.weight"]) and not found.matches(rounded)
+        found.require(cast(rounded, torch.bfloat16), rounded=["b.weight"])
+        assert not found.matches(entries(seed=1), rounded=list(values))
+        assert not found.matches({**values, "b.weight": entries(seed=1)["b.weight"]}, rounded=["b.weight"])
+        with pytest.raises(PatchError, match="base must be the model"):  # the others still count exactly
+            found.require({**rounded, "d.bias": entries(seed=1)["d.bias"]}, rounded=["b.weight"])
+
     @pytest.mark.parametrize("made", FLOATS)
     @pytest.mark.parametrize("loaded", FLOATS)
     @pytest.mark.parametrize("stored", FLOATS)

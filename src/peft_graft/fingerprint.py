@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,7 @@ from .codec import PatchError, broken
 from .donors import FLOAT_DTYPES
 
 NUM_SAMPLES = 64
+_ALIKE = 0.9  # cosine of values and of what quantization makes of them: 4 bits leave 0.99
 
 _DTYPE_NAMES = frozenset(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
@@ -55,25 +56,27 @@ class Fingerprint:
         sample, _, count = _sampled(entries)
         return cls(_join_runs(dtypes), digest.hexdigest(), base64.b64encode(sample.numpy().tobytes()).decode(), count)
 
-    def matches(self, base_entries: Mapping[str, torch.Tensor]) -> bool:
+    def matches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> bool:
         """Say whether a base is the one that this fingerprint was taken of, in this or another float dtype.
 
         In the same dtype every bit must agree. In another one the sample must agree once both sides are cast to the
         coarser dtype; between float16 and bfloat16, of which neither holds the other, within one unit in the last
-        place of bfloat16 or 2**-24.
+        place of bfloat16 or 2**-24. What quantization has rounded must point in the same direction only: that tells
+        another model, but not a relative of this one.
 
         Args:
             base_entries: As in `compute`.
+            rounded: Names of the tensors that are quantized.
 
         Returns:
             True if it is.
         """
         now = Fingerprint.compute(base_entries)
-        if (now.count, now.dtype) == (self.count, self.dtype):
+        if not rounded and (now.count, now.dtype) == (self.count, self.dtype):
             return now.sha256 == self.sha256
-        return self.mismatches(base_entries) == 0
+        return self.mismatches(base_entries, rounded) == 0
 
-    def mismatches(self, base_entries: Mapping[str, torch.Tensor]) -> int:
+    def mismatches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> int:
         """Count the sampled entries in which a base differs (all of them where the number of entries does)."""
         entries = _in_order(base_entries)
         now, owners, count = _sampled(entries)
@@ -82,23 +85,31 @@ class Fingerprint:
             return min(NUM_SAMPLES, max(count, self.count))
         then = torch.tensor(np.frombuffer(base64.b64decode(self.sample), "<f8"))
         same = torch.ones(len(now), dtype=torch.bool)
+        tensors = sorted(base_entries)
+        inexact = torch.tensor([tensors[owner] in rounded for owner in owners], dtype=torch.bool)
+        if inexact.any():
+            same[inexact] = torch.cosine_similarity(then[inexact], now[inexact], dim=0) >= _ALIKE
         for i, owner in enumerate(owners):
-            same[i] = _agree(then[i], getattr(torch, names[owner]), now[i], entries[owner].dtype)
+            if not inexact[i]:
+                same[i] = _agree(then[i], getattr(torch, names[owner]), now[i], entries[owner].dtype)
         return int((~same).sum())
 
-    def require(self, base_entries: Mapping[str, torch.Tensor], base_name: str | None = None) -> None:
+    def require(
+        self, base_entries: Mapping[str, torch.Tensor], base_name: str | None = None, rounded: Collection[str] = ()
+    ) -> None:
         """Refuse a base that does not match.
 
         Args:
             base_entries: As in `compute`.
             base_name: What the right base is called.
+            rounded: As in `matches`.
 
         Raises:
             PatchError: If the base does not match.
         """
-        if self.matches(base_entries):
+        if self.matches(base_entries, rounded):
             return
-        differing = self.mismatches(base_entries)
+        differing = self.mismatches(base_entries, rounded)
         found = f"{differing} of {min(NUM_SAMPLES, self.count)} samples" if differing else "their hash"
         load = f"Load {base_name!r}" if base_name else "Load the base that it was made from"
         raise PatchError(

@@ -13,6 +13,7 @@ from ..patch import Patch
 from .config import GraftConfig
 from .heads import choose_heads
 from .making import PatchMaker
+from .quantized import require_float
 from .sidecar import Sidecar
 from .storage import live_patch
 
@@ -59,6 +60,7 @@ def combine(
         {name: weight * alpha for name, alpha in _alphas(tuner, adapter, patch).items()}
         for adapter, weight, patch in zip(adapters, weights, patches, strict=True)
     ]
+    require_float(tuner._layers(), "combined")
     base = _base(tuner, adapters)
     patch = stitch(patches, scaled, combination_type, base=base)
     if not patch.num_params:

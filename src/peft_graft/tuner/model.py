@@ -29,6 +29,7 @@ from .mask import GraftState
 from .mixed import rows_of
 from .offload import identity, own_names, require_memory
 from .publishing import keep_card, watch_trainers
+from .quantized import GraftQuantizedLinear, find_backend, require_float
 from .sharding import gather_with, is_partitionable
 from .sidecar import SIDECAR, Sidecar
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
@@ -145,12 +146,18 @@ class GraftModel(PatchMaker, BaseTuner):
         params = None if parameter_name is None else [parameter_name]
         if isinstance(parent, GraftLayer):
             return  # part of a unit that is wrapped as a whole, such as the projection of nn.MultiheadAttention
-        self._wrap(parent, target_name, target, current_key).add_slot(adapter_name, params)
+        from_file = self.states[adapter_name].awaits_file
+        self._wrap(parent, target_name, target, current_key, from_file).add_slot(adapter_name, params)
 
-    def _wrap(self, parent: nn.Module, target_name: str, target: nn.Module, key: str) -> GraftLayer:
+    def _wrap(
+        self, parent: nn.Module, target_name: str, target: nn.Module, key: str, from_file: bool = False
+    ) -> GraftLayer:
+        base = target.get_base_layer() if isinstance(target, GraftLayer) else target
+        quantized = find_backend(base) is not None
+        if not (quantized and from_file):  # a patch from elsewhere needs no difference to a donor
+            refuse(key, base)
         if isinstance(target, GraftLayer):
             return target
-        refuse(key, target)
         key = key.replace(COMPILED, "")
         if not is_wrappable(target):
             sidecar = getattr(target, SIDECAR, None)
@@ -159,7 +166,7 @@ class GraftModel(PatchMaker, BaseTuner):
                 target.add_module(SIDECAR, sidecar)
             return sidecar
         cls = GraftLinear if isinstance(target, nn.Linear | Conv1D) else GraftLayer
-        layer = cls(target, key, self.states)
+        layer = (GraftQuantizedLinear if quantized else cls)(target, key, self.states)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
         return layer
@@ -184,7 +191,8 @@ class GraftModel(PatchMaker, BaseTuner):
                         "owns. Wrap the model in another module."
                     )
                 parent, target, target_name = _get_submodules(model, key) if key else (model, model, "")
-                self._wrap(parent, target_name, target, key).add_slot(adapter_name, [param])
+                from_file = self.states[adapter_name].awaits_file
+                self._wrap(parent, target_name, target, key, from_file).add_slot(adapter_name, [param])
                 found.append(name)
         # PEFT 0.20 looks here, later versions at what is returned.
         self.targeted_parameter_names += [name for name in found if name not in self.targeted_parameter_names]
@@ -288,7 +296,8 @@ class GraftModel(PatchMaker, BaseTuner):
         """Tied parameters have one patch that all holders see, so there is nothing to warn about."""
 
     def _check_merge_allowed(self) -> None:
-        """Merging writes into the shared parameter, so tied parameters stay tied."""
+        """Merging writes into the shared parameter, so tied parameters stay tied; quantized ones cannot be written."""
+        require_float(self._layers(), "merged")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -158,14 +158,22 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
     return Patch(_taken(parts, _masks(logits, state)), shapes)
 
 
+def _quantized(places: Mapping[str, _Place], patch: Patch) -> set[str]:
+    """Names of the patched tensors of which only rounded values are left."""
+    layers = {name: places[name].layer for name in patch.tensors if places[name].param == "weight"}
+    return {name for name, layer in layers.items() if layer.quantization_backend is not None}
+
+
 def _fingerprint(
     places: Mapping[str, _Place], patch: Patch, state: GraftState, masks: Mapping[str, torch.Tensor]
 ) -> dict[str, Any] | None:
-    """Fingerprint of the base; None while it cannot be known, or is known already.
+    """Fingerprint of the base; None while it cannot be known, or is known already, as on a quantized base.
 
     Raises:
         ValueError: The base is sharded, and nobody has noted its values.
     """
+    if _quantized(places, patch):
+        return None
     sharded = [name for name in patch.tensors if is_sharded(places[name].layer.base_parameter(places[name].param))]
     if not sharded:
         base = _base_entries(places, patch)
@@ -263,7 +271,8 @@ def unpack(
     if fresh and config.fingerprint is not None:
         base = _base_entries(places, patch)
         if base is not None:
-            Fingerprint.from_dict(config.fingerprint).require(base, config.base_model_name_or_path)
+            fingerprint = Fingerprint.from_dict(config.fingerprint)
+            fingerprint.require(base, config.base_model_name_or_path, _quantized(places, patch))
     logits, alphas = (_read_trained(state_dict, patch, kind) for kind in ("logits", "alpha"))
     if state.logits() and not logits and not config.inference_mode:
         raise PatchError(

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .layer import GraftLayer, own_parameters
+from .quantized import find_backend
 from .sidecar import SIDECAR
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def reason_to_refuse(module: nn.Module) -> str | None:
         return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
     if isinstance(module, nn.RNNBase):
         return "recurrent modules read flattened weights that a patch cannot shadow"
+    if find_backend(module) is not None:
+        return (
+            "its weight is quantized, so that it differs from a donor's everywhere. Make the graft on the base in a "
+            "float dtype, save it, and load it onto the quantized one"
+        )
     frozen = [name for name, value in own_parameters(module).items() if not value.is_floating_point()]
     if frozen:
         return f"{frozen} hold no floating-point values (a quantized base?). Load the base in a float dtype"

@@ -261,8 +261,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
         lost = (logits.argmax(-1) == labels) & (found.argmax(-1) != labels)
         scores[name]["forgotten"] = float(lost.float().mean())  # right with the base, wrong with this one
 
+    model.save_pretrained(out, is_main_process=state.is_main_process)  # shards want every rank to do the same
     if state.is_main_process:
-        model.save_pretrained(out)
         reloaded, _ = tasks.predict(PeftModel.from_pretrained(fresh.to(state.device), out).eval(), test, tokenizer)
         if not torch.equal(reloaded, graft_logits):
             difference = float((reloaded - graft_logits).abs().max())

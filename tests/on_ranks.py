@@ -22,29 +22,32 @@ torch.set_num_threads(1)  # before the donor is trained: every process needs the
 from accelerate import Accelerator, PartialState  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DeepSpeedPlugin, DistributedType  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import graft  # noqa: E402
 import tasks  # noqa: E402
 from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
-from peft_graft import AlphaCallback, initialize_graft  # noqa: E402
+from peft_graft import AlphaCallback, fit_alpha, initialize_graft  # noqa: E402
 from peft_graft.tuner.sharding import is_sharded  # noqa: E402
 
 BATCH = 4
 
 
 def scores(out: Path) -> dict[str, Any]:
-    """Every rule that looks at data, each rank with its own half of the batches; alpha fitted on the halves too."""
+    """Every rule that looks at data, each rank with a part of the batches; alpha fitted on the parts too."""
     found: dict[str, Any] = {}
     state = PartialState()
     rows = [{key: value[i : i + BATCH] for key, value in Rows().batch.items()} for i in range(0, 16, BATCH)]
-    mine = rows[state.process_index :: state.num_processes]
+    mine = rows if state.num_processes == 1 else rows[:3] if state.is_main_process else rows[3:]
     for selection in ("taylor", "path_taylor", "fisher", "wanda", "sigmoid"):
         scope = "tensor" if selection == "taylor" else "global"
         model = learner(selection=selection, density=0.05, alpha="auto", alpha_scope=scope)
         fit = initialize_graft(model, mine, calibration=mine, progress=False, steps=2)
         found[selection] = {"held": held(model), "alpha": fit.alpha, "loss": fit.loss}
+    other = learner(selection="fisher", density=0.05 + 0.01 * state.process_index)
+    found["refused"] = [said(lambda: initialize_graft(other, mine, progress=False))]
     return found
 
 
@@ -55,7 +58,10 @@ def trains(out: Path) -> dict[str, Any]:
     options = {"average_tokens_across_devices": False, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0}
     run = trainer(model, out / "checkpoints", callbacks=[AlphaCallback([Rows().batch], head_start=1)], **options)
     run.train()
-    return ended(run.model, out)
+    if PartialState().is_main_process:
+        run.model.save_pretrained(out / "adapter")
+    PartialState().wait_for_everyone()
+    return seen(run.model)
 
 
 def loops(out: Path) -> dict[str, Any]:
@@ -81,12 +87,50 @@ def loops(out: Path) -> dict[str, Any]:
     return seen(plain)
 
 
-def ended(model: Any, out: Path) -> dict[str, Any]:
-    """Rank 0 alone saves, without a word to the others."""
-    if PartialState().is_main_process:
-        model.save_pretrained(out / "adapter")
-    PartialState().wait_for_everyone()
-    return seen(model)
+def shards(out: Path) -> dict[str, Any]:
+    """The same loop over torch's own FSDP2, without Accelerate: half of every tensor on each of two ranks."""
+    state, model = PartialState(), learner(density=0.05)
+    for layer in model.base_model.model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batches = list(DataLoader(Rows(), batch_size=BATCH))[state.process_index :: state.num_processes]
+    model.train()
+    for _ in range(4):
+        for batch in batches:
+            (model(**batch).loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = seen(model)  # without gradients, so that the mask is settled
+    model.save_pretrained(out / "adapter", is_main_process=state.is_main_process)
+    return found | {"refused": refused(model)}
+
+
+def refused(model: Any) -> list[str]:
+    """What is said to who asks for what cannot be done with shards."""
+    scored = learner(selection="fisher", density=0.05)
+    fully_shard(scored)
+    uneven = [Rows(2).batch] * (1 + PartialState().process_index)
+
+    def save_while_training() -> None:
+        model(**Rows(2).batch).loss.backward()
+        model.save_pretrained("nowhere")
+
+    return [
+        said(model.merge_adapter),
+        said(lambda: initialize_graft(scored, [Rows(2).batch], progress=False)),
+        said(lambda: fit_alpha(model, uneven, progress=False)),
+        said(save_while_training),
+    ]
+
+
+def said(attempt: Callable[[], Any]) -> str:
+    """The message of the error."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def seen(model: Any) -> dict[str, Any]:
@@ -95,12 +139,12 @@ def seen(model: Any) -> dict[str, Any]:
     sharded = sum(is_sharded(parameter) for parameter in model.parameters())
     model.eval()
     with torch.no_grad():
-        said = model(**Rows(8).batch).logits.tolist()
+        logits = model(**Rows(8).batch).logits.tolist()
     masks = {name: state.mask(name).tolist() for name in state.logits()}
-    return {"held": held(model), "masks": masks, "alpha": state.alpha, "said": said, "sharded": sharded}
+    return {"held": held(model), "masks": masks, "alpha": state.alpha, "logits": logits, "sharded": sharded}
 
 
-TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (scores, trains, loops)}
+TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (scores, trains, loops, shards)}
 
 
 def pretend_that_cpus_shard() -> None:

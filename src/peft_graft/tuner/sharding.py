@@ -11,8 +11,8 @@ import torch
 from torch import distributed, nn
 
 GATHER = (
-    "Let every rank call accelerator.get_state_dict(model), and rank 0 save with state_dict=...; "
-    "after Trainer.train() rank 0 can save a mask without it."
+    "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a forward "
+    "without gradients, the mask is known and it is not needed."
 )
 
 

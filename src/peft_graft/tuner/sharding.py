@@ -11,8 +11,8 @@ import torch
 from torch import distributed, nn
 
 GATHER = (
-    "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a forward "
-    "without gradients, the mask is known and it is not needed."
+    "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a "
+    "forward without gradients, the mask is known and it is not needed."
 )
 
 

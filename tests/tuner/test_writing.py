@@ -16,7 +16,7 @@ from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_mixtral
 from peft_graft import GraftConfig
 from peft_graft.tuner import writing
 from peft_graft.tuner.kernels import is_simple
-from peft_graft.tuner.writing import can_write, own_entries, patched_copy, written
+from peft_graft.tuner.writing import Hold, can_write, is_held, own_copy, own_entries, patched_copy, written
 
 WIDE = 192  # 192 x 192 entries: wide enough to be patched in place
 
@@ -81,7 +81,7 @@ def test_the_forward_reads_the_bases_own_storage_and_leaves_its_bits(alpha: floa
         merged.merge_adapter()
         assert torch.equal(unmerged, merged(IDS)) and not torch.equal(unmerged, base(IDS))
     assert [weight._version for weight in weights] == versions
-    assert not writing._holds
+    assert not writing._covers
     assert_same(parameters(model.unload()), parameters(base))
 
 
@@ -104,7 +104,7 @@ def test_an_error_in_the_middle_takes_the_patch_off() -> None:
     wanted = output(model, IDS)
     with torch.no_grad(), pytest.raises(IndexError):
         model(torch.tensor([[WIDE]]))
-    assert not writing._holds
+    assert not writing._covers
     assert same_bits(output(model, IDS), wanted)
     assert_same(parameters(model.unload()), parameters(base))
 
@@ -150,7 +150,7 @@ def test_such_parameters_run_as_a_copy(how: str) -> None:
     else:
         base, x = nn.Sequential(nn.Linear(WIDE, WIDE)), torch.randn(2, WIDE)
     model = graft(base, perturbed(base, scale=0.5), density=0.1)
-    merged = copy.deepcopy(model).merge_and_unload() if how != "channels last" else None
+    merged = copy.deepcopy(model).merge_and_unload()
     weight = model.get_parameter("base_model.model.0.base_layer.weight")
     before = weight.clone()
     if how == "shared":
@@ -160,25 +160,31 @@ def test_such_parameters_run_as_a_copy(how: str) -> None:
     with torch.no_grad():
         patched = model(x)
         assert not torch.equal(patched, base(x))
-        assert merged is None or torch.equal(patched, merged(x))
+        assert torch.equal(patched, merged(x))
+        model.merge_adapter()
+        assert torch.equal(patched, model(x))
+        model.unmerge_adapter()
     assert same_bits(weight, before)
 
 
 def test_the_copy_of_a_patched_parameter_starts_from_its_own_bits() -> None:
     weight = torch.arange(6.0)
     one, two = torch.tensor([0, 2, 5]), torch.tensor([2, 3])
-    with written(weight, lambda: (one, torch.tensor([-1.0, -2.0, -3.0])), owner="one") as patched:
-        assert patched is weight and weight.tolist() == [-1, 1, -2, 3, 4, -3]
-        assert own_entries(weight, torch.arange(6)).tolist() == [0, 1, 2, 3, 4, 5]
-        assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
-        assert patched_copy(weight, two, torch.tensor([7.0, 8.0])).tolist() == [0, 1, 7, 8, 4, 5]
-        with written(weight, lambda: (two, torch.tensor([7.0, 8.0])), owner="two") as other:
-            assert other.tolist() == [0, 1, 7, 8, 4, 5] and weight.tolist() == [-1, 1, -2, 3, 4, -3]
-        with written(weight, lambda: (one, torch.tensor([-1.0, -2.0, -3.0])), owner="one") as again:
-            assert again is weight
+    first, again, other = Hold(weight, "one"), Hold(weight, "one"), Hold(weight, "two")
+    assert first.write(lambda: (one, torch.tensor([-1.0, -2.0, -3.0]))) is None
+    assert weight.tolist() == [-1, 1, -2, 3, 4, -3] and is_held(weight)
+    assert own_entries(weight, torch.arange(6)).tolist() == own_copy(weight).tolist() == [0, 1, 2, 3, 4, 5]
+    assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
+    assert patched_copy(weight, two, torch.tensor([7.0, 8.0])).tolist() == [0, 1, 7, 8, 4, 5]
+    assert other.write(lambda: (two, torch.tensor([7.0, 8.0]))).tolist() == [0, 1, 7, 8, 4, 5]
+    assert again.write(lambda: pytest.fail("is there already")) is None
+    for hold in (other, first):
+        hold.erase()
         assert weight.tolist() == [-1, 1, -2, 3, 4, -3]
-    assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not writing._holds
-    with written(weight, lambda: (one[:0], torch.zeros(0))) as empty:
+    for hold in (again, again):
+        hold.erase()
+        assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not is_held(weight) and own_copy(weight) is None
+    with written(weight, one[:0], torch.zeros(0)) as empty:
         assert own_entries(empty, one).tolist() == [0, 2, 5]
 
 
@@ -195,7 +201,7 @@ def test_threads_share_one_model() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == [] and not writing._holds
+    assert wrong == [] and not writing._covers
     assert_same(parameters(model.unload()), parameters(base))
 
 
@@ -269,7 +275,7 @@ def test_generating_writes_the_patch_once() -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, generated(merged, tokens), strict=True))
         counts.append(writes.count)
     assert counts[0] == counts[1] > 0
-    assert not writing._holds
+    assert not writing._covers
     assert_same(parameters(model.unload()), parameters(base))
 
 

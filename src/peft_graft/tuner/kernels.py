@@ -143,7 +143,7 @@ class _PatchedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight, indices, values, bias_indices)
         if bias is not None and bias_indices is not None and bias_values is not None:
             bias = patched_copy(bias, bias_indices, bias_values)
-        with written(weight, lambda: (indices, values)) as patched:
+        with written(weight, indices, values) as patched:
             if bias is None or not transposed:  # Conv1D has a bias
                 y = F.linear(x, patched, bias)
             else:
@@ -157,7 +157,7 @@ class _PatchedLinear(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * 8
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            with written(weight, lambda: (indices, values)) as patched:
+            with written(weight, indices, values) as patched:
                 patched = patched.to(grad.dtype)
                 grads[0] = grad @ (patched.t() if ctx.transposed else patched)
         if ctx.needs_input_grad[4]:
@@ -184,7 +184,7 @@ class _PatchedEmbedding(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.padding, ctx.dtype = padding, values.dtype
         ctx.save_for_backward(ids, indices)
-        with written(weight, lambda: (indices, values)) as patched:
+        with written(weight, indices, values) as patched:
             return F.embedding(ids, patched)
 
     @staticmethod

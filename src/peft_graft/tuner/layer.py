@@ -16,7 +16,7 @@ from .offload import real_parameter
 from .rows import Rows
 from .running import PatchedRun
 from .sharding import require_whole, whole
-from .writing import is_held, own_entries, restored
+from .writing import is_held, overwrite, own_entries, restored
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,15 +69,25 @@ class GraftLayer(PatchedRun, Facade):
     def holder(self, param: str) -> tuple[nn.Module, str]:
         """The module that owns a parameter, and its name there."""
         module, _, name = param.rpartition(".")
-        return self.get_base_layer().get_submodule(module), name
+        base = self.get_base_layer()
+        return (base.get_submodule(module) if module else base), name
 
     def base_parameter(self, param: str) -> torch.Tensor:
         """The base's parameter itself (patched in place while merged), also while it is offloaded."""
         return real_parameter(*self.holder(param))
 
+    def get_base_layer(self) -> Any:
+        """The wrapped module."""
+        return self._modules["base_layer"]
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """What each adapter holds for this layer; every forward looks here, so past the attributes of modules."""
+        return cast(dict[str, Slot], cast(nn.Module, self._modules["graft_patch"])._modules)
+
     def slot(self, adapter_name: str) -> Slot:
         """What an adapter holds for this layer."""
-        return cast(Slot, self.graft_patch[adapter_name])
+        return self.slots[adapter_name]
 
     def add_slot(self, adapter_name: str, params: list[str] | None = None) -> None:
         """Make room for an adapter.
@@ -139,8 +149,7 @@ class GraftLayer(PatchedRun, Facade):
             Indices int64 [n], values [n] that are still to be rounded to the base's dtype, and which of them are taken:
             bool [n], or None for all. None where there is no patch.
         """
-        slot = self.slot(adapter_name) if adapter_name in self.graft_patch else None
-        key = self.keys[param]
+        slot, key = self.slots.get(adapter_name), self.keys[param]
         if slot is None or key not in slot.params:
             return None
         state, name = self.states[adapter_name], self.tensor_name(param)
@@ -214,17 +223,15 @@ class GraftLayer(PatchedRun, Facade):
         self.unmerge()
         with torch.no_grad():
             for param, (indices, values) in patches.items():
-                flat = self.base_parameter(param).data.view(-1)
-                self._backup[param] = (indices, flat[indices].clone())
-                flat[indices] = values.to(flat.dtype)
+                self._backup[param] = indices, overwrite(self.base_parameter(param), indices, values)
         self.merged_adapters = together
 
     def unmerge(self) -> None:
         """Put the base's own bits back."""
         with torch.no_grad():
             for param, (indices, values) in self._backup.items():
-                flat = self.base_parameter(param).data.view(-1)
-                flat[indices.to(flat.device)] = values.to(flat)
+                parameter = self.base_parameter(param)
+                overwrite(parameter, indices, values.to(parameter))
         self._backup = {}
         self.merged_adapters = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -70,11 +70,11 @@ class Slot(nn.Module):
 
     def indices(self, param: str) -> torch.Tensor:
         """Flat indices of `param`, int64 [n]."""
-        return getattr(self, f"{param}_indices")
+        return cast(torch.Tensor, self._buffers[f"{param}_indices"])
 
     def values(self, param: str) -> torch.Tensor:
         """The donor's values of `param`, float [n]."""
-        return getattr(self, f"{param}_values")
+        return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
@@ -87,7 +87,7 @@ class Slot(nn.Module):
 
     def logits(self, param: str) -> nn.Parameter | None:
         """Mask logits of `param`, float32 [n], or None for a fixed mask."""
-        return getattr(self, f"{param}_logits", None)
+        return self._parameters.get(f"{param}_logits")
 
     def owned_logits(self, param: str) -> nn.Parameter | None:
         """The logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""

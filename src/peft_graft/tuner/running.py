@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,16 +15,15 @@ from .kernels import is_simple, patched_run
 from .offload import where_it_runs
 from .rows import Rows, run_by_row
 from .sharding import is_sharded, require_whole
-from .writing import can_write, is_traced, own_copy, patched_copy, written
+from .writing import Hold, any_held, can_write, is_traced, own_copy, patched_copy
 
 if TYPE_CHECKING:
-    from .mask import GraftState
+    from .mask import GraftState, Slot
 
 
 class PatchedRun:
     """What a `GraftLayer` does in its forward."""
 
-    graft_patch: nn.ModuleDict
     keys: dict[str, str]
     aliases: dict[str, tuple[Any, str]]  # a GraftLayer and its parameter
     states: dict[str, GraftState]
@@ -41,7 +40,8 @@ class PatchedRun:
     def has_entries(self, adapter_name: str, param: str) -> bool:
         """Whether an adapter patches this parameter."""
         owner, owned = self._owner(param)
-        return adapter_name in owner.graft_patch and owner.keys[owned] in owner.slot(adapter_name).params
+        slot = owner.slots.get(adapter_name)
+        return slot is not None and owner.keys[owned] in slot.params
 
     def effective_adapters(self, param: str, adapter_names: list[str] | None = None) -> list[str]:
         """Which of these adapters (None: the active ones) are still to patch the parameter."""
@@ -81,30 +81,38 @@ class PatchedRun:
         self._check(adapter_names)
         module = self.get_base_layer()
         simple = is_simple(module) and not is_traced()
-        with ExitStack() as undo:
+        holds, shadows = [], []
+        try:
             for param in self.keys:
-                parameter, names = self.base_parameter(param), self.effective_adapters(param, adapter_names)
-                tensor: torch.Tensor | None = None
+                names, tensor = self.effective_adapters(param, adapter_names), None
                 if names and simple and not torch.is_grad_enabled():
                     owner, owned = self._owner(param)
-                    patch = functools.partial(self.effective_entries, param, names)
-                    tensor = undo.enter_context(written(parameter, patch, (id(owner), owned, *names)))
-                else:
+                    hold = Hold(self.base_parameter(param), (id(owner), owned, *names))
+                    tensor = hold.write(functools.partial(self.effective_entries, param, names))
+                    holds.append(hold)
+                elif names or any_held():
                     tensor = self.effective(param, adapter_names)
-                if tensor is None or tensor is parameter:
+                if tensor is None:
                     continue
                 if simple and module is self.get_base_layer():
                     module = copy.copy(module)  # shares the parameters; other threads do not see the attribute
                 inside, _, name = param.rpartition(".")
                 holder = module.get_submodule(inside)
                 holder.__dict__[name] = where_it_runs(holder, tensor)
-                undo.callback(holder.__dict__.pop, name)
+                shadows.append((holder.__dict__, name))
             yield module
+        finally:
+            for attributes, name in shadows:
+                del attributes[name]
+            for hold in holds:
+                hold.erase()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module on patched parameters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if (self.disable_adapters or self.merged) and not self.aliases and not any_held():
+            return self.get_base_layer()(*args, **kwargs)
         if self.rows is not None and not self.disable_adapters:
             return run_by_row(
                 lambda name, *own, **named: self._run([name], own, named),
@@ -129,11 +137,13 @@ class PatchedRun:
 
     def _check(self, adapter_names: list[str] | None) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.graft_patch:
+            if name in self.slots:
                 self.states[name].check(name)
 
     if TYPE_CHECKING:
 
+        @property
+        def slots(self) -> dict[str, Slot]: ...
         def base_parameter(self, param: str) -> torch.Tensor: ...
         def get_base_layer(self) -> Any: ...
         def unmerge(self) -> None: ...

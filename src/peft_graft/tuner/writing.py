@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 
-class _Hold:
+class _Cover:
     """A patch that is on a parameter right now, and what it covers."""
 
     def __init__(self, owner: Hashable, indices: torch.Tensor, before: torch.Tensor) -> None:
         self.owner, self.indices, self.before = owner, indices, before
-        self.users = 1
+        self.users = 0
 
 
-_holds: dict[int, _Hold] = {}  # by address: tied parameters and views of one storage share a hold
-_lock = threading.Lock()
+_covers: dict[int, _Cover] = {}  # by address: tied parameters share one
+_lock = threading.RLock()
 
 
 def is_traced() -> bool:
@@ -61,76 +61,121 @@ def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, bef
     return torch.where(indices[where] == at, before[where].to(entries), entries)
 
 
+def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Write values, [k], at these flat indices, int64 [k], unseen by autograd; return what was there."""
+    data = parameter.data
+    if not data.is_contiguous():
+        before = data.take(indices)
+        data.put_(indices, values)
+        return before
+    flat = data.view(-1)
+    before = flat.index_select(0, indices)
+    flat.index_copy_(0, indices, values)
+    return before
+
+
 def own_entries(parameter: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The parameter's own values at these flat indices, also while a patch is written into it."""
-    entries = parameter.detach().reshape(-1)[indices]
-    hold = _hold_on(parameter)
-    return entries if hold is None else restored(entries, indices, hold.indices, hold.before)
+    flat = parameter.detach().reshape(-1)
+    if is_traced():
+        return flat[indices]
+    with _lock:
+        cover, entries = _covers.get(parameter.data_ptr()), flat[indices]
+    return entries if cover is None else restored(entries, indices, cover.indices, cover.before)
+
+
+def any_held() -> bool:
+    """Whether any parameter has a patch written into it right now."""
+    return bool(_covers)
 
 
 def is_held(parameter: torch.Tensor) -> bool:
     """Whether a patch is written into the parameter right now."""
-    return _hold_on(parameter) is not None
+    return bool(_covers) and parameter.data_ptr() in _covers
 
 
 def own_copy(parameter: torch.Tensor) -> torch.Tensor | None:
     """A copy of the parameter with its own bits, while a patch is written into it; else None."""
-    hold = _hold_on(parameter)
-    if hold is None:
+    if not _covers or is_traced():
         return None
-    return parameter.detach().reshape(-1).index_put((hold.indices,), hold.before).view(parameter.shape)
+    with _lock:
+        cover = _covers.get(parameter.data_ptr())
+        return None if cover is None else _put(parameter.detach(), cover.indices, cover.before)
 
 
 def patched_copy(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """A copy of the parameter with these values at these flat indices; gradients reach the values."""
-    own = own_copy(parameter)
-    flat = (parameter if own is None else own).reshape(-1)
-    return flat.index_put((indices,), values).view(parameter.shape)
+    if is_traced():
+        return _put(parameter, indices, values)
+    with _lock:
+        own = own_copy(parameter)
+        return _put(parameter if own is None else own, indices, values)
 
 
-@contextmanager
-def written(
-    parameter: torch.Tensor, patch: Callable[[], tuple[torch.Tensor, torch.Tensor]], owner: Hashable = None
-) -> Iterator[torch.Tensor]:
-    """Write a patch into the parameter, and its own bits back afterwards.
+def _put(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_contiguous():
+        return tensor.put(indices, values)  # keeps the order in memory
+    return tensor.view(-1).index_put((indices,), values).view(tensor.shape)
 
-    Several calls may share one patch, one inside the other or in several threads: the first writes it, the last takes
-    it off. Who comes with another patch in the meantime, or to a parameter that must not be touched, works on a copy.
+
+class Hold:
+    """A call that runs with a patch on a parameter.
+
+    Several may share one patch, one inside the other or in several threads: the first writes it, the last takes it
+    off. Who comes with another patch in the meantime, or to a parameter that must not be touched, works on a copy.
 
     Args:
         parameter: The parameter.
-        patch: Returns flat indices, int64 [k], increasing, and what to write there, [k], in the parameter's dtype. Not
-            called where the patch is there already.
         owner: Equal for calls that write the same; None for a patch of this call alone.
-
-    Yields:
-        The parameter, or a copy of it, with the patch.
     """
-    hold, ours = None, False
-    if can_write(parameter):
-        key, flat = parameter.data_ptr(), parameter.data.view(-1)
+
+    def __init__(self, parameter: torch.Tensor, owner: Hashable = None) -> None:
+        self.parameter, self.owner = parameter, owner
+        self._cover: _Cover | None = None
+
+    def write(self, patch: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """Write the patch.
+
+        Args:
+            patch: Returns flat indices, int64 [k], increasing, and what to write there, [k], in the parameter's dtype.
+                Not called where the patch is there already.
+
+        Returns:
+            A patched copy, where the parameter itself cannot have the patch; else None.
+        """
+        if can_write(self.parameter):
+            key = self.parameter.data_ptr()
+            with _lock:
+                cover = _covers.get(key)
+                if cover is None:
+                    indices, values = patch()
+                    cover = _Cover(self.owner, indices, overwrite(self.parameter, indices, values.detach()))
+                    self._cover = _covers[key] = cover
+                elif self.owner is not None and cover.owner == self.owner:
+                    self._cover = cover
+                if self._cover is not None:
+                    self._cover.users += 1
+                    return None
+        return patched_copy(self.parameter.detach(), *patch())
+
+    def erase(self) -> None:
+        """Put the parameter's own bits back, unless others still need the patch."""
+        if self._cover is None:
+            return
         with _lock:
-            hold = _holds.get(key)
-            ours = hold is None or (owner is not None and hold.owner == owner)
-            if hold is None:
-                indices, values = patch()
-                hold = _Hold(owner, indices, flat.index_select(0, indices))
-                flat.index_copy_(0, indices, values.detach())
-                _holds[key] = hold
-            elif ours:
-                hold.users += 1
-    if hold is None or not ours:
-        yield patched_copy(parameter.detach(), *patch())
-        return
+            self._cover.users -= 1
+            if not self._cover.users:
+                self.parameter.data.view(-1).index_copy_(0, self._cover.indices, self._cover.before)
+                del _covers[self.parameter.data_ptr()]
+        self._cover = None
+
+
+@contextmanager
+def written(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The parameter, or a copy of it, with a patch for a while (see `Hold`)."""
+    hold = Hold(parameter)
+    other = hold.write(lambda: (indices, values))
     try:
-        yield parameter
+        yield parameter if other is None else other
     finally:
-        with _lock:
-            hold.users -= 1
-            if not hold.users:
-                flat.index_copy_(0, hold.indices, hold.before)
-                del _holds[key]
-
-
-def _hold_on(parameter: torch.Tensor) -> _Hold | None:
-    return _holds.get(parameter.data_ptr()) if _holds and not is_traced() else None
+        hold.erase()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def refused(model: Any) -> list[str]:
 
     def save_while_training() -> None:
         model(**Rows(2).batch).loss.backward()
-        model.save_pretrained("nowhere")
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
 
     return [
         said(model.merge_adapter),

@@ -17,7 +17,7 @@ DEMO_ARGS ?=
 APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app docs test lowest style quality bench clean
+.PHONY: help install demo app docs test lowest suites style quality bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 2" for two at a time, "-m slow"
 
 lowest: ## Run the tests with the lowest supported versions of the Hugging Face packages, in an environment of their own
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+suites: $(STAMP) ## Put grafts through PEFT's own test suites (fetches its source; about 15 minutes)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) diffusers parameterized scipy
+	$(BIN)/python tests/peft_suites/run.py $(PYTEST_ARGS)
 
 style: $(STAMP) ## Put the code into house style
 	$(BIN)/ruff check --fix $(SOURCES)

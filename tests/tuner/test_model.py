@@ -87,18 +87,6 @@ def test_merging_switching_off_and_unloading_give_the_base_back(family: str, dty
     assert_same(parameters(model.unload()), before)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_generation_is_the_same_merged(family: str) -> None:
-    base = FAMILIES[family]()
-    model = graft(base, perturbed(base, scale=0.5), density=0.2, target_modules="all", task_type=TASKS[family]).eval()
-    batch = {key: value for key, value in inputs(base).items() if key != "labels"}
-    options = {**batch, "max_new_tokens": 8, "do_sample": False}
-    tokens = model.generate(**options)
-    assert not torch.equal(tokens, base.generate(**options))
-    model.merge_adapter()
-    assert torch.equal(model.generate(**options), tokens)
-
-
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), density=st.floats(0.001, 1), scope=st.sampled_from(["global", "tensor"]))
 def test_the_count_is_exact(data: st.DataObject, density: float, scope: str) -> None:

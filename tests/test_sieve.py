@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pieces, "BLOCK", 16)
     monkeypatch.setattr(pieces, "PIECE", 5)
+    yield
+    torch.set_num_threads(1)
 
 
 def checkpoints(tmp_path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[Pairs, Tensors, Tensors]:
@@ -77,10 +80,18 @@ def in_memory(base: Tensors, donor: Tensors, rule: str, seed: int, **options: An
         [("global", "entry"), ("tensor", "entry"), ("global", "tensor"), ("global", "layer")]
     ),
     held=st.sampled_from([1, 10, 1000]),
+    threads=st.sampled_from([1, 3]),
 )
 def test_files_give_what_memory_gives(
-    tmp_path: Path, seed: int, rule: str, density: float, scope_and_granularity: tuple[Any, Any], held: int
+    tmp_path: Path,
+    seed: int,
+    rule: str,
+    density: float,
+    scope_and_granularity: tuple[Any, Any],
+    held: int,
+    threads: int,
 ) -> None:
+    torch.set_num_threads(threads)
     scope, granularity = scope_and_granularity
     pairs, base, donor = checkpoints(tmp_path, seed)
     options: dict[str, Any] = {"density": density, "scope": scope, "granularity": granularity}
@@ -101,6 +112,7 @@ def test_files_give_what_memory_gives(
         assert torch.equal(part.donor, donor[part.name].flatten()[part.indices])
         assert part.base.dtype == part.donor.dtype == torch.bfloat16
     assert sieve.differs
+    assert torch.get_num_threads() == threads
     assert sum(read) <= sieve.passes * sum(pairs.nbytes)
 
 

@@ -198,8 +198,8 @@ def compare(
     if on_start is not None:
         pairs.progress = on_start(sum(pairs.nbytes))
     found = {name: Closeness(name) for name in sorted(names, key=_natural)}
-    for piece in pairs.pieces():
-        found[piece.name].add(_measured(piece.base, piece.donor))
+    for where, measured in pairs.map(lambda piece: _measured(piece.base, piece.donor)):
+        found[where.name].add(measured)
     result.tensors = list(found.values())
     return result
 

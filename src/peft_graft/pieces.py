@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
@@ -19,7 +19,10 @@ from .donors import FLOAT_DTYPES, DonorError, Extent
 # Entries of one read, and of what is handed out: the first keeps disks busy, the second stays in a core's cache.
 BLOCK = 1 << 22
 PIECE = 1 << 18
-_AHEAD = 3
+# Reads that are done or under way beyond those that are being worked on.
+_AHEAD = 2
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -36,6 +39,14 @@ class Piece(NamedTuple):
     start: int
     base: torch.Tensor
     donor: torch.Tensor
+
+
+class Where(NamedTuple):
+    """What a piece is of: the tensor's name in the base, the flat index of the first entry, and how many there are."""
+
+    name: str
+    start: int
+    size: int
 
 
 class Pairs:
@@ -93,27 +104,61 @@ class Pairs:
         Raises:
             DonorError: A file is shorter than it was.
         """
+        for _, piece in self.map(lambda piece: piece, names, workers=1):
+            yield piece
+
+    def map(
+        self, work: Callable[[Piece], T], names: Iterable[str] | None = None, workers: int | None = None
+    ) -> Iterator[tuple[Where, T]]:
+        """Do something with every piece while later ones are being read.
+
+        Args:
+            work: What to do with a piece, in another thread. What it returns must not share the piece's memory.
+            names: Which tensors, in increasing order; None for all.
+            workers: How many threads work; one works through the pieces in order. Default: as many as torch has, of
+                which each operation gets one meanwhile.
+
+        Yields:
+            For each piece, in order: what it is of, and what `work` returned.
+
+        Raises:
+            DonorError: A file is shorter than it was.
+        """
+        threads = torch.get_num_threads()
+        workers = workers or threads
         wanted = sorted(self.sizes) if names is None else names
         jobs = ((name, start) for name in wanted for start in range(0, self.sizes[name], BLOCK))
         width = max((_dtype(extents).itemsize for side in self._sides for extents in side.values()), default=0)
+        in_flight = workers + _AHEAD
         with ExitStack() as stack:
-            # One thread a side: both disks, or both ends of one, are busy while this thread computes.
-            readers = [stack.enter_context(_Reader(side, BLOCK * width)) for side in self._sides]
-            waiting: deque[tuple[str, int, list[Future[torch.Tensor]]]] = deque()
+            # One thread a side: both disks, or both ends of one, are busy meanwhile.
+            readers = [stack.enter_context(_Reader(side, BLOCK * width, in_flight)) for side in self._sides]
+            pool = ThreadPoolExecutor(workers)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(1)  # pieces are so small that threads within an operation only wait for each other
+            waiting: deque[Future[list[tuple[Where, T]]]] = deque()
 
             def submit(count: int) -> None:
                 for name, start in islice(jobs, count):
                     stop = min(start + BLOCK, self.sizes[name])
-                    waiting.append((name, start, [reader.submit(name, start, stop) for reader in readers]))
+                    read = [reader.submit(name, start, stop) for reader in readers]
+                    waiting.append(pool.submit(self._through, work, name, start, read))
 
-            submit(_AHEAD)
+            submit(in_flight)
             while waiting:
-                name, start, futures = waiting.popleft()
-                before, after = self._values(name, [future.result() for future in futures])
-                for first in range(0, before.numel(), PIECE):
-                    last = first + PIECE
-                    yield Piece(name, start + first, before[first:last], after[first:last])
+                yield from waiting.popleft().result()
                 submit(1)
+
+    def _through(
+        self, work: Callable[[Piece], T], name: str, start: int, read: list[Future[torch.Tensor]]
+    ) -> list[tuple[Where, T]]:
+        before, after = self._values(name, [future.result() for future in read])
+        done = []
+        for first in range(0, before.numel(), PIECE):
+            piece = Piece(name, start + first, before[first : first + PIECE], after[first : first + PIECE])
+            done.append((Where(name, piece.start, piece.base.numel()), work(piece)))
+        return done
 
     def _values(self, name: str, read: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         self.progress(sum(values.nbytes for values in read))
@@ -124,9 +169,9 @@ class Pairs:
 class _Reader:
     """A thread that reads entries of one side's tensors into a ring of buffers."""
 
-    def __init__(self, side: Mapping[str, Sequence[Extent]], nbytes: int) -> None:
+    def __init__(self, side: Mapping[str, Sequence[Extent]], nbytes: int, count: int) -> None:
         self._side = side
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(_AHEAD)]
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)]
         self._turn = 0
         self._files: dict[Path, FileIO] = {}
         self._thread = ThreadPoolExecutor(1)

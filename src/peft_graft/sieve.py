@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
@@ -15,8 +16,6 @@ from .topk import TopK, find_threshold, places
 
 # Up to this many entries are chosen in one pass, of which twice as many may be held at 16 bytes or more: about 1 GB.
 HELD_AT_ONCE = 1 << 25
-
-MaskOf = Callable[[Piece, torch.Tensor], torch.Tensor]
 
 
 class Taken(NamedTuple):
@@ -73,6 +72,7 @@ class Sieve:
         self._density, self._scope, self._granularity = density, scope, granularity
         self.total = sum(pairs.sizes.values())
         self._budget = 0 if rule is None else resolve_budget(self.total, density, num_params)
+        self._generator: torch.Generator | None = None
         self.differs = False
 
     @property
@@ -94,12 +94,12 @@ class Sieve:
             SelectionError: Nothing fits the budget, or a score is NaN.
         """
         if self._rule is None:
-            yield from self._where(self._pairs.sizes, lambda piece, _: bits_differ(piece.base, piece.donor))
+            yield from self._where(self._pairs.sizes, self._differing)
         elif self._granularity != "entry":
             units = Units(cast(Granularity, self._granularity))
-            for piece, scores in self._scored(self._pairs.sizes):
-                units.add(piece.name, scores)
-            yield from self._where(units.take(self._budget), _everything)
+            for where, scores in self._pairs.map(self._scores, workers=self._workers):
+                units.add(where.name, scores)
+            yield from self._where(units.take(self._budget), self._everything)
         elif self._scope == "tensor":
             counts = {name: count for name in self._pairs.sizes if (count := self._count(name))}
             if not counts:
@@ -114,19 +114,25 @@ class Sieve:
 
     def _best(self, names: Sequence[str], k: int) -> Iterator[Taken]:
         if k == sum(self._pairs.sizes[name] for name in names):
-            yield from self._where(names, _everything)
+            yield from self._where(names, self._everything)
             return
         if k <= self._held:
             best = TopK(k)
-            for piece, scores in self._scored(names):
-                best.add(piece.name, scores, piece.donor, piece.base)
+
+            def sift(piece: Piece) -> tuple[torch.Tensor, ...]:
+                return best.sift(piece.name, self._scores(piece), piece.donor, piece.base)
+
+            for where, found in self._pairs.map(sift, names, self._workers):
+                best.offer(where.name, where.size, *found)
             for name, (indices, donor, base) in best.taken():
                 yield Taken(name, indices, donor.to(self._pairs.dtype(name, donor=True)), base.to(self._dtype(name)))
             return
-        threshold, ties = find_threshold(lambda: (scores for _, scores in self._scored(names)), k)
+        passes = lambda: (scores for _, scores in self._pairs.map(self._scores, names, self._workers))  # noqa: E731
+        threshold, ties = find_threshold(passes, k)
 
-        def above(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
+        def above(piece: Piece) -> torch.Tensor:
             nonlocal ties
+            scores = self._scores(piece)
             mask = scores > threshold
             if ties:
                 equal = places(scores == threshold)[:ties]
@@ -134,29 +140,37 @@ class Sieve:
                 ties -= len(equal)
             return mask
 
-        yield from self._where(names, above)
+        yield from self._where(names, above, workers=1)  # ties go to the first
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._pairs.dtype(name)
 
-    def _scored(self, names: Iterable[str]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Every piece with its scores; with its delta, where no rule scores."""
-        generator = None
-        for piece in self._pairs.pieces(names):
-            delta = self._delta(piece)
-            if self._rule is None:
-                yield piece, delta
-                continue
-            if piece.start == 0:
-                generator = generator_of(piece.name, self._seed)
-            yield piece, self._rule.score(Evidence(piece.name, piece.base, delta, None, self._seed, generator))
+    @property
+    def _workers(self) -> int | None:
+        """How many threads score: one where random numbers must be drawn in order."""
+        return 1 if self._rule is not None and self._rule.name == "random" else None
+
+    def _scores(self, piece: Piece) -> torch.Tensor:
+        delta = self._delta(piece)
+        if self._rule is None:
+            return delta
+        if piece.start == 0:
+            self._generator = generator_of(piece.name, self._seed)
+        return self._rule.score(Evidence(piece.name, piece.base, delta, None, self._seed, self._generator))
+
+    def _differing(self, piece: Piece) -> torch.Tensor:
+        self._delta(piece)
+        return bits_differ(piece.base, piece.donor)
+
+    def _everything(self, piece: Piece) -> torch.Tensor:
+        return torch.ones_like(self._delta(piece), dtype=torch.bool)
 
     def _delta(self, piece: Piece) -> torch.Tensor:
         before = piece.base.float() if piece.base.dtype == torch.float64 else piece.base
         # In place, the other operand is widened on the way, which is exact and spares a copy.
         delta = piece.donor.to(torch.float32, copy=True).sub_(before)
-        if not self.differs:
-            self.differs = bool(delta.any())
+        if not self.differs and delta.any():
+            self.differs = True
         # A finite delta has finite ends, so one sum settles the usual case.
         if not math.isfinite(delta.sum()) and (bad := count_nonfinite(piece.donor)):
             raise DonorError(
@@ -165,23 +179,19 @@ class Sieve:
             )
         return delta
 
-    def _where(self, names: Iterable[str], mask_of: MaskOf) -> Iterator[Taken]:
+    def _where(
+        self, names: Iterable[str], mask_of: Callable[[Piece], torch.Tensor], workers: int | None = None
+    ) -> Iterator[Taken]:
         """Take what a mask says, holding what is taken of one tensor at a time."""
-        name, parts = "", list[tuple[torch.Tensor, ...]]()
-        for piece, scores in self._scored(names):
-            if piece.name != name and parts:
-                yield Taken(name, *map(torch.cat, zip(*parts, strict=True)))
-                parts = []
-            name = piece.name
-            where = places(mask_of(piece, scores))
-            if where.numel():
-                parts.append((where + piece.start, piece.donor[where], piece.base[where]))
-        if parts:
-            yield Taken(name, *map(torch.cat, zip(*parts, strict=True)))
 
+        def take(piece: Piece) -> tuple[torch.Tensor, ...]:
+            index = places(mask_of(piece))
+            return index + piece.start, piece.donor[index], piece.base[index]
 
-def _everything(piece: Piece, scores: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(scores, dtype=torch.bool)
+        for name, group in groupby(self._pairs.map(take, names, workers), key=lambda found: found[0].name):
+            taken = [part for _, part in group if part[0].numel()]
+            if taken:
+                yield Taken(name, *map(torch.cat, zip(*taken, strict=True)))
 
 
 def bits_differ(base: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:

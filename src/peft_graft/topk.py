@@ -86,28 +86,47 @@ class TopK:
         Raises:
             SelectionError: The names are out of order, or a score is NaN.
         """
+        self.offer(name, scores.numel(), *self.sift(name, scores, *carried))
+
+    def sift(self, name: str, scores: torch.Tensor, *carried: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Find what of a piece may be among the k highest, for `offer`; threads may do so for later pieces meanwhile.
+
+        Args:
+            name: As in `add`.
+            scores: As in `add`.
+            carried: As in `add`.
+
+        Returns:
+            Where the entries are in the piece, their scores, and what is carried of them, on the CPU.
+
+        Raises:
+            SelectionError: A score is NaN.
+        """
+        flat = scores.detach().flatten().float()
+        refuse_nan(name, flat)
+        # Later entries lose ties against those already held, so only strictly better ones matter once k are held.
+        keep = None if self._threshold == -math.inf else _above(flat, self._threshold)
+        if keep is None or keep.numel() > self.k:
+            best = places(top_k_mask(flat if keep is None else flat[keep], self.k))
+            keep = best if keep is None else keep[best]
+        kept = (values.detach().flatten()[keep.to(values.device)].cpu() for values in carried)
+        return (keep.cpu(), flat[keep].cpu(), *kept)
+
+    def offer(self, name: str, count: int, where: torch.Tensor, scores: torch.Tensor, *carried: torch.Tensor) -> None:
+        """Take in what `sift` found in a piece of `count` entries; pieces must come in order, as in `add`."""
         if not self.names or name != self.names[-1]:
             if self.names and name < self.names[-1]:
                 raise SelectionError(f"names must be added in increasing order, got {name!r} after {self.names[-1]!r}.")
             self.names.append(name)
             self._starts.append(self._seen)
-        flat = scores.detach().flatten().float()
-        start, self._seen = self._seen, self._seen + flat.numel()
-        refuse_nan(name, flat)
-        # Later entries lose ties against those already held, so only strictly better ones matter once k are held.
-        keep = _above(flat, self._threshold) if self._held >= self.k else None
-        if keep is None or keep.numel() > self.k:
-            candidates = flat if keep is None else flat[keep]
-            best = places(top_k_mask(candidates, self.k))
-            keep = best if keep is None else keep[best]
-        if not keep.numel():
-            return
-        kept = (values.detach().flatten()[keep.to(values.device)].cpu() for values in carried)
-        self._append(flat[keep].cpu(), keep.cpu() + start, *kept)
+        self._append(scores, where + self._seen, *carried)
+        self._seen += count
         if self._held >= 2 * self.k:
             self._shrink()
 
     def _append(self, *columns: torch.Tensor) -> None:
+        if not columns[0].numel():
+            return
         if not self._columns:
             self._columns = [column[:0] for column in columns]
         end = self._held + columns[0].numel()

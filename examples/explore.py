@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -148,7 +147,7 @@ class Explorer:
         self.args, self.names = args, {"base": base, "donor": donor}
         progress(0.0, "reading base and donor")
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        device = PartialState().device
+        device = tasks.launched().device
         self.base = AutoModelForSequenceClassification.from_pretrained(base).to(device).eval()
         self.donor = AutoModelForSequenceClassification.from_pretrained(donor).to(device).eval()
         # The smallest graft there is: it tells whether the two fit together, and what the budget is a share of.

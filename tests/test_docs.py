@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import tasks
 from graft import batches
 from models import perturbed, tiny_bert
 from peft_graft import RULES
+from peft_graft.cli.main import build_parser
 from test_examples import world  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,20 @@ def test_code_runs(
     # The pages show the densities of real models; these have a few thousand entries.
     code = re.sub(r"density=1e-[34]", "density=1e-2", code)
     exec(compile(code, str(page), "exec"), known)
+
+
+COMMANDS = [
+    line
+    for page in PAGES
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("peft-graft ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line: str) -> None:
+    build_parser().parse_args(shlex.split(line)[1:])
 
 
 # Errors that are quoted but raised elsewhere.

@@ -1,7 +1,7 @@
 """How fast `peft-graft extract` is beside merely reading both files, and how much memory it takes.
 
-    python benchmarks/extract_7b.py --scale 0.125 --out trial.csv      # a seventh of the layers' bytes, for a first look
-    python benchmarks/extract_7b.py --out benchmarks/results/speed/extract_7b.csv                       # 2 x 13.5 GB
+    python benchmarks/extract_7b.py --scale 0.125                                               # 2 x 2.1 GB, to try
+    python benchmarks/extract_7b.py --out benchmarks/results/speed/extract_7b.csv               # 2 x 13.5 GB
 
 Writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 9.9 GB as on the Hub, and removes them
 afterwards. In every round, one process reads all files of both from the first byte to the last and does nothing else
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,10 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 LAYERS, WIDTH, INNER, VOCAB = 32, 4096, 11008, 32000
 SHARD = 9.9e9
@@ -50,51 +47,48 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCAB, WIDTH)}
 
 
-class Values:
-    """Weights ~ N(0, 0.02) and a donor's, whose deltas are of many sizes, cut from pools of random numbers."""
+def write_pair(directory: Path, layers: int, seed: int) -> None:
+    """Write `base` and `donor`: weights ~ N(0, 0.02), deltas with a heavy tail, both cut from pools of numbers."""
+    # In a process of its own: a process that starts others hands its peak of memory on to them.
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
 
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.base = (torch.randn(POOL, generator=generator) * 0.02).bfloat16()
-        # Cubes of a normal number: a heavy tail, as fine-tuning leaves it.
-        self.deltas = torch.randn(POOL, generator=generator).pow(3) * 1e-4
-
-    def tensor(self, shape: tuple[int, ...], number: int, donor: bool) -> torch.Tensor:
-        """The tensor of this number; a donor's differs from the base's by a piece of the deltas."""
-        generator = torch.Generator().manual_seed(number)
-        flat = torch.empty(torch.Size(shape).numel(), dtype=torch.bfloat16)
-        for part in flat.split(POOL // 2):
-            one, other = torch.randint(POOL - part.numel() + 1, (2,), generator=generator).tolist()
-            part.copy_(self.base[one : one + part.numel()])
-            if donor:
-                part.copy_(part.float() + self.deltas[other : other + part.numel()])
-        return flat.view(shape)
-
-
-def write_pair(directory: Path, layers: int, seed: int) -> int:
-    """Write `base` and `donor`; return how many bytes both are."""
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=32, architectures=["LlamaForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
-    values, names = Values(seed), shapes(layers)
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(POOL, generator=generator) * 0.02).bfloat16()
+    deltas = torch.randn(POOL, generator=generator).pow(3) * 1e-4
+
+    def tensor(number: int, shape: tuple[int, ...], donor: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(number)
+        flat = torch.empty(math.prod(shape), dtype=torch.bfloat16)
+        for part in flat.split(POOL // 2):
+            one, other = torch.randint(POOL - part.numel() + 1, (2,), generator=generator).tolist()
+            part.copy_(weights[one : one + part.numel()])
+            if donor:
+                part.copy_(part.float() + deltas[other : other + part.numel()])
+        return flat.view(shape)
+
+    names = shapes(layers)
+    shards: list[list[str]] = [[]]
+    for name in names:
+        if sum(2 * math.prod(names[each]) for each in [*shards[-1], name]) > SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    order = {name: number for number, name in enumerate(names)}
     for side in ("base", "donor"):
         path = directory / side
         config.save_pretrained(path)
-        shards: list[list[str]] = [[]]
-        for name in names:
-            if sum(2 * torch.Size(names[each]).numel() for each in [*shards[-1], name]) > SHARD:
-                shards.append([])
-            shards[-1].append(name)
-        files = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
-        order = {name: number for number, name in enumerate(names)}
         for file, held in zip(files, shards, strict=True):
-            tensors = {name: values.tensor(names[name], order[name], side == "donor") for name in held}
+            tensors = {name: tensor(order[name], names[name], side == "donor") for name in held}
             save_file(tensors, path / file, {"format": "pt"})
             print(f"wrote {path / file}", file=sys.stderr)
         weight_map = {name: file for file, held in zip(files, shards, strict=True) for name in held}
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(file.stat().st_size for file in weights(directory))
 
 
 def weights(directory: Path, side: str = "*") -> list[Path]:
@@ -205,19 +199,26 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="measure --exact instead of a density")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--keep", action="store_true", help="leave the files for another run, which then takes them")
+    parser.add_argument("--write_only", action="store_true", help="write the files and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="csv file to write; printed in any case")
     args = parser.parse_args()
     args.layers = max(1, round(args.scale * LAYERS))
     args.budget = ["--exact"] if args.exact else ["--density", args.density]
     directory = args.directory.resolve()
-    needed = 2 * sum(2 * torch.Size(shape).numel() for shape in shapes(args.layers).values())
-    there = sum(file.stat().st_size for file in weights(directory))
+    if args.write_only:
+        write_pair(directory, args.layers, args.seed)
+        return
+    needed = 2 * sum(2 * math.prod(shape) for shape in shapes(args.layers).values())
     free = shutil.disk_usage(directory.parent).free
-    if not 0 <= there - needed < 1e7 and free < 1.1 * needed + 2e9:
-        raise SystemExit(f"needs {(1.1 * needed + 2e9) / 1e9:.0f} GB of free disk for 2 files, got {free / 1e9:.0f} GB")
+    if not weights(directory) and free < needed + 5e9:
+        raise SystemExit(f"disk must have {(needed + 5e9) / 1e9:.0f} GB free, got {free / 1e9:.0f} GB. Use --scale.")
     try:
-        nbytes = there if 0 <= there - needed < 1e7 else write_pair(directory, args.layers, args.seed)
+        if not weights(directory):
+            subprocess.run([sys.executable, *sys.argv, "--write_only"], check=True)
+        nbytes = sum(file.stat().st_size for file in weights(directory))
+        if not needed <= nbytes < needed + 1e8:
+            raise SystemExit(f"{directory} must hold a pair of this scale, got {nbytes} bytes. Remove it.")
         if args.warm:
             read(weights(directory))
         made = rows([one_round(directory, args) for _ in range(args.rounds)], nbytes, args)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -111,19 +112,25 @@ def test_a_head_of_another_shape_than_the_bases_is_refused(tmp_path: Path) -> No
 # A patch for vLLM
 
 
-def read_for_vllm(path: Path) -> dict[str, dict[str, Any]]:
-    """What the loader snippet of docs/how_to/export.md makes of the file."""
-    with safe_open(path, framework="pt") as file:
-        described, keys = json.loads(file.metadata()["tensors"]), {*file.keys()}
-        return {
-            name: {
-                "shape": tuple(about["shape"]),
-                "dtype": getattr(torch, about["dtype"]),
-                "values": file.get_tensor(f"{name}.values"),
-                "indices": file.get_tensor(f"{name}.indices") if f"{name}.indices" in keys else None,
-            }
-            for name, about in described.items()
-        }
+class CheckpointWeightPatch(NamedTuple):
+    """The fields of vLLM's class of this name, which cannot be installed here."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None = None
+
+
+def read_for_vllm(path: Path) -> list[CheckpointWeightPatch]:
+    """What the loader in docs/how_to/export.md makes of the file."""
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^def read\(path\):\n(?:(?: .*)?\n)+", page, flags=re.M)
+    known: dict[str, Any] = {
+        "json": json, "torch": torch, "safe_open": safe_open, "CheckpointWeightPatch": CheckpointWeightPatch,
+    }  # fmt: skip
+    exec(code, known)
+    return list(known["read"](path))
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_mixtral", "tiny_gpt2", "tiny_bert"])
@@ -134,15 +141,16 @@ def test_a_vllm_patch_turns_the_bases_files_into_the_merged_ones(family: str, tm
     done = export(tmp_path / "skill", "vllm", tmp_path / "out")
     tensors, expected = all_tensors(tmp_path / "base"), all_tensors(tmp_path / "merged")
     taken = 0
-    for name, patch in read_for_vllm(tmp_path / "out" / VLLM_FILE).items():
-        assert patch["shape"] == tuple(tensors[name].shape)
-        if patch["indices"] is None:
-            tensors[name] = patch["values"].view(patch["shape"]).to(tensors[name].dtype)
+    for patch in read_for_vllm(tmp_path / "out" / VLLM_FILE):
+        tensor = tensors[patch.name]
+        assert patch.shape == tuple(tensor.shape) and patch.values.dim() == 1
+        if patch.indices is None:
+            tensor.copy_(patch.values.view(patch.shape))
             continue
-        assert patch["indices"].dtype == torch.int32 and patch["indices"].dim() == 1
-        assert patch["values"].dtype == patch["dtype"] == tensors[name].dtype
-        tensors[name].view(-1)[patch["indices"].long()] = patch["values"]
-        taken += len(patch["indices"])
+        assert patch.indices.dtype == torch.int32 and patch.indices.dim() == 1
+        assert patch.values.dtype == patch.dtype == tensor.dtype
+        tensor.view(-1)[patch.indices.long()] = patch.values
+        taken += len(patch.indices)
     assert taken == done.carried == done.entries
     assert all(same_bits(tensors[name], expected[name]) for name in expected)
     assert ("whole" in "".join(done.notes)) == (family == "tiny_bert")

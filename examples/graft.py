@@ -149,7 +149,8 @@ def fit(
             learning_rate=args.learning_rate,
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
-            **tasks.BY_LENGTH,
+            # Batches by length cannot be drawn again where a run is resumed in the middle of an epoch.
+            **({} if args.save_steps or args.resume_from_checkpoint else tasks.BY_LENGTH),
             seed=args.seed,
             logging_steps=16,
             save_strategy="steps" if args.save_steps else "no",

@@ -12,7 +12,7 @@ from torch import nn
 from .. import ranks
 from ..donors import MAX_LISTED
 from ..selection import SelectionError, top_k_mask
-from .sharding import copy_into, is_sharded, whole, whole_shape
+from .sharding import copy_into, is_partitionable, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -127,7 +127,7 @@ class GraftState:
         self._masks: dict[str, torch.Tensor] = {}
         self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
         self._versions = 0
-        self._settled = False
+        self._settled: tuple[tuple[int, bool], ...] = ()  # whose they were, if nothing could train meanwhile
 
     def register(self, name: str, slot: Slot, param: str, base: torch.Tensor) -> None:
         """Let the budget span the logits of this tensor.
@@ -218,12 +218,12 @@ class GraftState:
             masks = self.masks_of({key: whole(values) for key, values in logits.items()})
             self._masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
             self._seen, self._versions = logits, sum(map(_version, logits.values()))
-            self._settled = not torch.is_grad_enabled()
+            self._settled = () if torch.is_grad_enabled() else self._holders()
         return self._masks[name]
 
     def start_forward(self) -> None:
         """Look at the logits again: the optimizers of FSDP and DeepSpeed change them without a trace."""
-        if ranks.joined() and (torch.is_grad_enabled() or not self._settled):
+        if ranks.joined() and (torch.is_grad_enabled() or self.settled_masks() is None):
             self.invalidate()
 
     def change_mode(self) -> None:
@@ -239,8 +239,14 @@ class GraftState:
                 self.mask(name)
 
     def settled_masks(self) -> dict[str, torch.Tensor] | None:
-        """The masks by tensor name, without a word to other ranks; None where training may have changed them."""
-        return self._masks if self._settled and self._seen else None
+        """The masks by tensor name, without a word to other ranks; None where training may have changed them.
+
+        None also where the logits have been sharded since: before that, a rank may have looked at the model alone.
+        """
+        return self._masks if self._seen and self._settled and self._settled == self._holders() else None
+
+    def _holders(self) -> tuple[tuple[int, bool], ...]:
+        return tuple((id(values), is_partitionable(values)) for values in self.logits().values())
 
     def base_values(self, name: str) -> torch.Tensor:
         """The base's values at this tensor's candidates, float [n]."""

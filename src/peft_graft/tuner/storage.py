@@ -229,7 +229,7 @@ def pack(
     patch = Patch(_taken(parts, masks))
     config.fingerprint = _fingerprint(places, patch, state, masks) or config.fingerprint
     result = patch.to_tensors()
-    if not state.in_training:
+    if not goes_on:
         config.entries = patch.num_params
     for name, values in (logits or {}).items() if goes_on else ():
         result[_file_key(name, "logits")] = values

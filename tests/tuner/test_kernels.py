@@ -17,7 +17,7 @@ from grafts import FAMILIES, MLP, TASKS, graft, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import GraftConfig
 from peft_graft.tuner import running
-from peft_graft.tuner.kernels import choose_kernel, patched_run, product_at
+from peft_graft.tuner.kernels import Part, choose_kernel, patched_run, product_at
 from peft_graft.tuner.writing import patched_copy
 
 KERNELS = ("gathered", "sampled", "dense")
@@ -69,15 +69,16 @@ class Dense(nn.Module):
         self.unit = unit
 
     def forward(self, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
-        tensors = {"weight": patched_copy(self.unit.weight, *weight)}
+        tensors = {"weight": patched_copy(self.unit.weight, *weight[:2])}
         if bias is not None:
-            tensors["bias"] = patched_copy(self.unit.bias, *bias)
+            tensors["bias"] = patched_copy(self.unit.bias, *bias[:2])
         return torch.func.functional_call(self.unit, tensors, (x,))
 
 
-def part(parameter: torch.Tensor, every: int) -> tuple[torch.Tensor, torch.Tensor]:
+def part(parameter: torch.Tensor, every: int) -> Part:
     indices = torch.arange(0, parameter.numel(), every)
-    return indices, torch.randn(len(indices), dtype=parameter.dtype).requires_grad_()
+    values = torch.randn(len(indices), dtype=parameter.dtype).requires_grad_()
+    return Part(indices, values, indices, values.detach())
 
 
 UNITS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
@@ -119,10 +120,14 @@ def test_layers_have_the_output_and_the_gradients_of_the_dense_path(name: str, e
 def test_gradcheck(name: str) -> None:
     make, x = UNITS[name]
     unit = make().double().requires_grad_(False)
-    indices, values = part(unit.weight, 4)
+    indices, values = part(unit.weight, 4)[:2]
     run = patched_run(unit)
     x = x.double().requires_grad_() if x.is_floating_point() else x
-    assert torch.autograd.gradcheck(lambda x, values: run(unit, x, (indices, values), None), (x, values))
+
+    def call(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return run(unit, x, Part(indices, values, indices, values.detach()), None)
+
+    assert torch.autograd.gradcheck(call, (x, values))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -146,7 +151,7 @@ def test_autocast_gives_the_output_of_the_dense_path(name: str, dtype: torch.dty
         with torch.autocast("cpu", dtype):
             output = runner()
         assert output.dtype == dtype
-        gradients.append([output, torch.autograd.grad(output.float().square().sum(), weight[1])[0]])
+        gradients.append([output, torch.autograd.grad(output.float().square().sum(), weight.values)[0]])
     (ours, our_gradient), (theirs, their_gradient) = gradients
     assert torch.equal(ours, theirs)
     assert our_gradient.dtype == torch.float32 and torch.allclose(our_gradient, their_gradient, rtol=0.05, atol=0.05)

@@ -22,6 +22,22 @@ _SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Part(NamedTuple):
+    """A patch of one parameter under autograd: what is written, and where gradients are wanted.
+
+    Attributes:
+        indices: Flat indices whose gradients are wanted, int64 [n], increasing.
+        values: Takes these gradients, float [n]; its numbers do not matter.
+        at: Flat indices to write to, int64 [k], increasing.
+        put: What to write there, [k], in the parameter's dtype.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+    at: torch.Tensor
+    put: torch.Tensor
+
+
 class Costs(NamedTuple):
     """What the gradient costs per token, in any unit: only ratios matter (`benchmarks/mask_kernels.py`)."""
 
@@ -125,7 +141,7 @@ def _own(result: torch.Tensor) -> torch.Tensor:
 
 
 class _PatchedLinear(torch.autograd.Function):
-    """y = x W^T + b (x W + b for Conv1D) with patches on W and b, whose gradients are taken only where these are."""
+    """y = x W^T + b (x W + b for Conv1D) with patches on W and b, whose gradients are taken only where wanted."""
 
     @staticmethod
     def forward(
@@ -133,17 +149,19 @@ class _PatchedLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        indices: torch.Tensor,
-        values: torch.Tensor,
-        bias_indices: torch.Tensor | None,
-        bias_values: torch.Tensor | None,
         transposed: bool,
+        part: Part,
+        bias_part: Part | None,
+        values: torch.Tensor,
+        bias_values: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.transposed = transposed
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight, indices, values, bias_indices)
-        if bias is not None and bias_indices is not None and bias_values is not None:
-            bias = patched_copy(bias, bias_indices, bias_values)
-        with written(weight, indices, values) as patched:
+        ctx.transposed, ctx.dtype = transposed, values.dtype
+        wanted = part.indices if ctx.needs_input_grad[6] else None
+        bias_wanted = bias_part.indices if bias_part is not None and ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(None if wanted is None else x, weight, part.at, part.put, wanted, bias_wanted)
+        if bias is not None and bias_part is not None:
+            bias = patched_copy(bias, bias_part.at, bias_part.put)
+        with written(weight, part.at, part.put) as patched:
             if bias is None or not transposed:  # Conv1D has a bias
                 y = F.linear(x, patched, bias)
             else:
@@ -153,20 +171,20 @@ class _PatchedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, indices, values, bias_indices = ctx.saved_tensors
+        x, weight, at, put, wanted, bias_wanted = ctx.saved_tensors
         grads: list[torch.Tensor | None] = [None] * 8
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            with written(weight, indices, values) as patched:
+            with written(weight, at, put) as patched:
                 patched = patched.to(grad.dtype)
                 grads[0] = grad @ (patched.t() if ctx.transposed else patched)
-        if ctx.needs_input_grad[4]:
+        if wanted is not None:
             inputs = x.reshape(-1, x.shape[-1]).to(grad.dtype)
             left, right = (inputs, rows) if ctx.transposed else (rows, inputs)
-            grads[4] = product_at(left, right, indices).to(values.dtype)
-        if ctx.needs_input_grad[6]:
-            few = 8 * len(bias_indices) < rows.shape[1]
-            grads[6] = rows.index_select(1, bias_indices).sum(0) if few else rows.sum(0)[bias_indices]
+            grads[6] = product_at(left, right, wanted).to(ctx.dtype)
+        if bias_wanted is not None:
+            few = 8 * len(bias_wanted) < rows.shape[1]
+            grads[7] = rows.index_select(1, bias_wanted).sum(0) if few else rows.sum(0)[bias_wanted]
         return tuple(grads)
 
 
@@ -178,13 +196,13 @@ class _PatchedEmbedding(torch.autograd.Function):
         ctx: Any,
         ids: torch.Tensor,
         weight: torch.Tensor,
-        indices: torch.Tensor,
-        values: torch.Tensor,
         padding: int | None,
+        part: Part,
+        values: torch.Tensor,
     ) -> torch.Tensor:
         ctx.padding, ctx.dtype = padding, values.dtype
-        ctx.save_for_backward(ids, indices)
-        with written(weight, indices, values) as patched:
+        ctx.save_for_backward(ids, part.indices)
+        with written(weight, part.at, part.put) as patched:
             return F.embedding(ids, patched)
 
     @staticmethod
@@ -200,7 +218,7 @@ class _PatchedEmbedding(torch.autograd.Function):
         wanted = indices // width
         at = torch.searchsorted(looked_up, wanted).clamp_(max=len(looked_up) - 1)
         found = torch.where(looked_up[at] == wanted, sums[at, indices % width], 0)
-        return None, None, None, found.to(ctx.dtype), None
+        return None, None, None, None, found.to(ctx.dtype)
 
 
 def is_simple(module: nn.Module) -> bool:
@@ -229,9 +247,8 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
         module: A wrapped module.
 
     Returns:
-        A function of (module, input, patch of the weight, patch of the bias or None) that returns what the module
-        returns; a patch is a pair of indices and values. None where there is none, so that the module itself must run
-        on a patched copy.
+        A function of (module, input, part of the weight, part of the bias or None) that returns what the module
+        returns. None where there is none, so that the module itself must run on a patched copy.
     """
     if not _is_known(module) or not all(map(_gathers, _hooks(module))):
         return None
@@ -244,15 +261,12 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-_Part = tuple[torch.Tensor, torch.Tensor]
-
-
-def _run_linear(module: Any, x: torch.Tensor, weight: _Part, bias: _Part | None) -> torch.Tensor:
+def _run_linear(module: Any, x: torch.Tensor, weight: Part, bias: Part | None) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # here, so that autograd sees it and keeps it so
-    patches = *weight, *(bias or (None, None))
-    return _PatchedLinear.apply(x, module.weight, module.bias, *patches, isinstance(module, Conv1D))
+    values = weight.values, None if bias is None else bias.values
+    return _PatchedLinear.apply(x, module.weight, module.bias, isinstance(module, Conv1D), weight, bias, *values)
 
 
-def _run_embedding(module: Any, ids: torch.Tensor, weight: _Part, bias: None) -> torch.Tensor:
-    return _PatchedEmbedding.apply(ids, module.weight, *weight, module.padding_idx)
+def _run_embedding(module: Any, ids: torch.Tensor, weight: Part, bias: None) -> torch.Tensor:
+    return _PatchedEmbedding.apply(ids, module.weight, module.padding_idx, weight, weight.values)

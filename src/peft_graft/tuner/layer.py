@@ -11,6 +11,7 @@ from torch import nn
 
 from ..compose import align, scaled, spread, total
 from .facade import Facade
+from .kernels import Part
 from .mask import GraftState, Slot, straight_through
 from .offload import real_parameter
 from .rows import Rows
@@ -166,7 +167,29 @@ class GraftLayer(PatchedRun, Facade):
         full = donor if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
             return indices, full, None
-        return indices, straight_through(logits, mask, base, donor, full, alpha), mask
+        values = torch.where(mask, full, base)
+        return indices, straight_through(logits, values, state.base_values(name), donor, alpha), mask
+
+    def candidates(self, adapter_name: str, param: str) -> Part | None:
+        """What a kernel needs of a mask that trains: it writes what is taken, and wants gradients of all candidates.
+
+        Returns:
+            None where no mask trains: a fixed patch, or one without entries here.
+        """
+        slot, key = self.slots.get(adapter_name), self.keys[param]
+        logits = None if slot is None else slot.logits(key)
+        state, name = self.states[adapter_name], self.tensor_name(param)
+        alpha = state.scale(name)
+        if slot is None or logits is None or not logits.requires_grad or isinstance(alpha, torch.Tensor):
+            return None
+        parameter = self.base_parameter(param)
+        indices, donor, _ = slot.entries(key, parameter.device)
+        mask = state.mask(name).to(indices.device)
+        at, put = indices[mask], donor[mask]
+        if alpha != 1:
+            put = scaled(self.base_entries(param, at), put, alpha)
+        carrier = straight_through(logits, logits.detach(), state.base_values(name), donor, alpha)
+        return Part(indices, carrier, at, put.to(parameter.dtype))
 
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False

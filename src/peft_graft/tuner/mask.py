@@ -300,51 +300,38 @@ class GraftState:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The exact mask forward, the gradient of the mask as a number backward: alpha * (donor - base)."""
+    """The values of the exact mask forward, the gradient of the mask as a number backward: alpha * (donor - base)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        mask: torch.Tensor,
-        base: torch.Tensor,
-        donor: torch.Tensor,
-        full: torch.Tensor,
-        alpha: float,
+        ctx: Any, logits: torch.Tensor, values: torch.Tensor, base: torch.Tensor, donor: torch.Tensor, alpha: float
     ) -> torch.Tensor:
         ctx.alpha = alpha
-        ctx.save_for_backward(base, donor)
-        return torch.where(mask, full, base)
+        ctx.save_for_backward(base, donor)  # both live anyway
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         base, donor = ctx.saved_tensors
-        slope = (donor.float() - base.float()).mul_(ctx.alpha)
-        return slope.mul_(grad), None, None, None, None, None
+        slope = (donor.float() - base.to(donor.device).float()).mul_(ctx.alpha)
+        return slope.mul_(grad), None, None, None, None
 
 
 def straight_through(
-    logits: torch.Tensor,
-    mask: torch.Tensor,
-    base: torch.Tensor,
-    donor: torch.Tensor,
-    full: torch.Tensor,
-    alpha: float | torch.Tensor,
+    logits: torch.Tensor, values: torch.Tensor, base: torch.Tensor, donor: torch.Tensor, alpha: float | torch.Tensor
 ) -> torch.Tensor:
-    """Take the entries of the mask, and let gradients reach the logits of all candidates.
+    """Let gradients reach the logits of all candidates, whatever the mask.
 
     Args:
         logits: Mask logits, float32 [n].
-        mask: Which candidates are taken, bool [n].
+        values: What the candidates are with the exact mask, float [n].
         base: The base's values, float [n].
         donor: The donor's values, float [n].
-        full: What a taken entry becomes, float [n].
         alpha: Scale of the patch.
 
     Returns:
-        Values, float [n], still to be rounded to the base's dtype.
+        The values.
     """
     if not isinstance(alpha, torch.Tensor):
-        return _StraightThrough.apply(logits, mask, base, donor, full, alpha)
-    through = (logits - logits.detach()) * (alpha * (donor.float() - base.float()))
-    return torch.where(mask, full, base) + through
+        return _StraightThrough.apply(logits, values, base, donor, alpha)
+    return values + (logits - logits.detach()) * (alpha * (donor.float() - base.float()))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .kernels import is_simple, patched_run
+from .kernels import Part, is_simple, patched_run
 from .offload import where_it_runs
 from .rows import Rows, run_by_row
 from .sharding import is_sharded, require_whole
@@ -54,11 +54,20 @@ class PatchedRun:
     def effective_entries(self, param: str, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What these adapters, which all have entries, put where: indices int64 [n], values [n] in the base's dtype."""
         owner, owned = self._owner(param)
-        held = {owner.tensor_name(owned): self.base_parameter(param)}
-        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
+        self._require_whole(param)
         # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
         found = owner.joint_entries(adapter_names, owned, training=torch.is_grad_enabled())
         return cast(tuple[torch.Tensor, torch.Tensor], found)
+
+    def effective_part(self, param: str, adapter_names: list[str]) -> Part:
+        """The same for a kernel, which writes no candidates that are not taken."""
+        owner, owned = self._owner(param)
+        self._require_whole(param)
+        alone = owner.candidates(adapter_names[0], owned) if len(adapter_names) == 1 else None
+        if alone is not None:
+            return cast(Part, alone)
+        indices, values = self.effective_entries(param, adapter_names)
+        return Part(indices, values, indices, values.detach())
 
     def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
         """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
@@ -127,10 +136,15 @@ class PatchedRun:
             if run and names:
                 self._check(adapter_names)
                 biases = self.effective_adapters("bias", adapter_names) if "bias" in self.keys else []
-                bias = self.effective_entries("bias", biases) if biases else None
-                return run(module, args[0], self.effective_entries("weight", names), bias)
+                bias = self.effective_part("bias", biases) if biases else None
+                return run(module, args[0], self.effective_part("weight", names), bias)
         with self.patched(adapter_names) as module:
             return module(*args, **kwargs)
+
+    def _require_whole(self, param: str) -> None:
+        owner, owned = self._owner(param)
+        held = {owner.tensor_name(owned): self.base_parameter(param)}
+        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
 
     def _patches(self, adapter_name: str) -> bool:
         return any(self.has_entries(adapter_name, param) for param in self.keys)

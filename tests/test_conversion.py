@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -89,6 +90,9 @@ def test_a_model_of_no_library_keeps_its_names(tmp_path: Path) -> None:
     assert ModelView(CheckpointDonor(tmp_path), model).names() == sorted(model.state_dict())
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="no model of transformers 5.0 is split while loading"
+)
 def test_forms_that_are_split_while_loading_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     model = Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True))

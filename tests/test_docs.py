@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 import tasks
@@ -43,6 +44,9 @@ def code_of(page: Path) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="transformers 5.0 writes the names of old checkpoints"
+)
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # no accelerator here
 @pytest.mark.filterwarnings("ignore:patch should be smaller than the donor:UserWarning")  # of so small a donor
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)

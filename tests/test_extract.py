@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -285,6 +286,9 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         extract(base, GraftConfig(donor=tmp_path / "other", density=0.1), tmp_path / "out")
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="no model of transformers 5.0 is split while loading"
+)
 def test_tensors_that_are_split_while_loading_are_refused_unless_left_out(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     base, donor = save_pair(tmp_path, lambda dtype: Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).to(dtype))

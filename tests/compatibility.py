@@ -18,15 +18,115 @@ import pytest
 WORKS = "works"
 VERSIONS_OF = ("peft", "transformers", "accelerate", "torch", "trl", "torchao", "bitsandbytes")
 # The rows, in the order of the table. A row needs a test, and a test's feature needs a row here.
-SECTIONS: dict[str, tuple[str, ...]] = {}
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Making, saving, loading": (
+        "get_peft_model, forward",
+        "save_pretrained, from_pretrained",
+        "push_to_hub, from_pretrained of the Hub",
+        "AutoPeftModelFor...",
+        "loading before `import peft_graft`",
+        "a PEFT before 0.20",
+        "another base",
+        "loading under another name",
+        "load_adapter over a loaded one",
+        "low_cpu_mem_usage",
+        "torch_device",
+        "is_trainable",
+        "get_peft_model_state_dict, set_peft_model_state_dict",
+        "state_dict and load_state_dict of the whole model",
+        "inject_adapter_in_model",
+        "add_adapter, enable_adapters, save_pretrained of transformers",
+        "load_adapter of transformers",
+        "model card of save_pretrained",
+        "check_if_peft_model",
+        "PeftConfig: from_pretrained, save_pretrained, deepcopy, pickle",
+    ),
+    "What can be targeted": (
+        "every kind of module that owns parameters",
+        "recurrent and parametrized modules",
+        "integer weights",
+        "target_modules: names, an expression, all-linear",
+        "target_parameters, 3-D experts",
+        "exclude_modules",
+        "layers_to_transform, layers_pattern",
+        "modules_to_save, task heads",
+        "tied weights",
+        "LoRA's own options in a config",
+    ),
+    "Switching and merging": (
+        "set_adapter, add_adapter, delete_adapter",
+        "active adapters and their order",
+        "disable_adapter, disable_adapter_layers",
+        "merge_adapter, unmerge_adapter, safe_merge",
+        "merge_and_unload, unload",
+        "several adapters of different targets",
+        "several adapters active at once",
+        "add_weighted_adapter",
+        "adapter_names: an adapter for each row",
+        "adapter_names with patches that all rows share",
+        "several threads on one model",
+        "hot-swapping",
+        "rescale_adapter_scale",
+    ),
+    "Beside other methods": (
+        "a graft merged into the base, then a LoRA",
+        "a LoRA merged into the base, then a graft",
+        "a fine-tuned LoRA as the donor",
+        "prompt tuning of a grafted model",
+        "a LoRA around or inside a graft",
+        "PeftMixedModel",
+        "convert_to_lora",
+    ),
+    "Training": (
+        "gradients for the mask only",
+        "print_trainable_parameters",
+        "requires_grad of several adapters",
+        "inference_mode",
+        "Trainer: train, checkpoint, resume",
+        "a loop with Accelerate",
+        "DDP and FSDP2",
+        "a mask learned by Trainer under every task type",
+        "data-driven rules and fitted alpha under every task type",
+        "TRL's SFTTrainer trains a learned mask",
+        "gradient checkpointing, reentrant or not",
+        "mixed precision",
+        "autocast_adapter_dtype",
+        "cast_mixed_precision_params",
+    ),
+    "Looking at the model": (
+        "repr",
+        "deepcopy, pickle",
+        "get_layer_status, get_model_status",
+        "forward hooks on base and wrapped modules",
+        "disable_input_dtype_casting",
+        "resize_token_embeddings",
+    ),
+    "Architectures": (
+        "BERT, RoBERTa, GPT-2, Llama, Qwen, Mixtral, Mamba, T5, ViT, Whisper",
+        "generate",
+        "pipeline of transformers",
+    ),
+    "A base in another shape": (
+        "the base in another float dtype",
+        "half, bfloat16, to(dtype) of a grafted model",
+        "device_map",
+        "a base offloaded to memory",
+        "data-driven rules on an offloaded base",
+        "a base offloaded to disk",
+        "a graft of the float base on a quantized one",
+        "making a graft on a quantized base",
+        "merging into a quantized base",
+        "torch.compile",
+        "torch.export",
+        "torch.no_grad, torch.inference_mode",
+    ),
+}
 _OPTION = "--compatibility"
 _VERSIONS = "Written with "
 _HEAD = f"""# What works with PEFT
 
 Written by `make compatibility`, only from tests that passed in that run: a row says "works" when all the tests beside
-it passed, and "no" when they showed the error that one gets. Never edited by hand; the default suite compares it with
-the tests.
-
+it 
 {_VERSIONS}"""
 
 
@@ -82,7 +182,7 @@ def render(claims: Iterable[Claim], versions: str, sections: Mapping[str, Iterab
         for feature in features:
             if shown := by_feature.get(feature):
                 verdict = next((claim.verdict for claim in shown if claim.verdict != WORKS), WORKS)
-                tests = ", ".join(_link(test) for test in dict.fromkeys(claim.test for claim in shown))
+                tests = "<br>".join(f"`{claim.test.removeprefix('tests/')}`" for claim in shown)
                 lines.append(f"| {feature} | {verdict} | {tests} |")
     return "\n".join(lines) + "\n"
 
@@ -90,11 +190,6 @@ def render(claims: Iterable[Claim], versions: str, sections: Mapping[str, Iterab
 def without_versions(table: str) -> str:
     """The table less the line that depends on where it was written."""
     return "\n".join(line for line in table.splitlines() if not line.startswith(_VERSIONS))
-
-
-def _link(test: str) -> str:
-    path, _, name = test.partition("::")
-    return f"[{name}](../{path})"
 
 
 def _versions() -> str:
@@ -109,6 +204,7 @@ class _Recorder:
     def __init__(self, root: Path, target: Path) -> None:
         self.root, self.target = root, target
         self.outcomes: dict[str, list[str]] = {}
+        self.problems: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:

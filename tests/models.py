@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import (
     BertConfig,
@@ -19,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
@@ -201,6 +205,14 @@ def tiny_whisper(dtype: torch.dtype = torch.float32, seed: int = 0) -> WhisperFo
         begin_suppress_tokens=None,
     )
     return _build(WhisperForConditionalGeneration, config, dtype, seed)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer of the words "t1" ... "t61"; "t0" ends a sequence."""
+    vocabulary = {f"t{i}": i for i in range(VOCAB_SIZE - 2)} | {"<pad>": VOCAB_SIZE - 2, "<unk>": VOCAB_SIZE - 1}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="t0", unk_token="<unk>")
 
 
 def perturbed(model: nn.Module, scale: float = 0.02, seed: int = 1) -> nn.Module:

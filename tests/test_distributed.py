@@ -142,6 +142,7 @@ def test_ranks_that_find_different_masks_are_told(together: Path) -> None:
         assert "mask must be the same on every rank, got digests from" in rank["refused"][0]
 
 
+@pytest.mark.feature("DDP and FSDP2")
 @pytest.mark.parametrize("task", ["trains", "loops", "shards"])
 def test_two_processes_learn_the_mask_of_one_that_accumulates(
     task: str, alone: tuple[Path, dict[str, Any]], together: Path

@@ -83,6 +83,7 @@ def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # model.push_to_hub
 
 
+@pytest.mark.feature("push_to_hub, from_pretrained of the Hub")
 def test_model_push_uploads_adapter_and_card_in_one_commit(world: World, skill: dict[str, Any]) -> None:
     repository = world.hub.repositories["me/skill"]
     assert set(world.hub.files("me/skill")) - {".gitattributes"} == ADAPTER
@@ -111,6 +112,7 @@ def test_published_config_names_commits(world: World, skill: dict[str, Any]) -> 
 # Back again, in a process that has never seen it
 
 
+@pytest.mark.feature("push_to_hub, from_pretrained of the Hub")
 def test_fresh_process_loads_the_same_model(world: World, skill: dict[str, Any]) -> None:
     assert world.reader("load", str(world.base), "me/skill") == skill["logits"]
     assert world.reader("load_auto", "me/skill") == skill["logits"]
@@ -119,6 +121,7 @@ def test_fresh_process_loads_the_same_model(world: World, skill: dict[str, Any])
     assert skill["logits"] != output(tiny_bert(), inputs(tiny_bert())).tolist()
 
 
+@pytest.mark.feature("push_to_hub, from_pretrained of the Hub")
 def test_revisions_branches_and_pull_requests_load(world: World, skill: dict[str, Any]) -> None:
     made = {
         name: world.writer("graft_and_push", "org/base", {**CONFIG, "density": density}, "me/versions", **options)

@@ -58,6 +58,7 @@ def test_registering_again_changes_nothing() -> None:
         PeftType("GRAFTS")
 
 
+@pytest.mark.feature("a PEFT before 0.20", "no: ImportError at once, which names the versions")
 @pytest.mark.parametrize(
     ("owner", "name", "missing"),
     [
@@ -81,6 +82,8 @@ def test_a_peft_that_injects_in_another_way_is_refused(monkeypatch: pytest.Monke
         _register.check_peft()
 
 
+@pytest.mark.feature("AutoPeftModelFor...")
+@pytest.mark.feature("loading before `import peft_graft`", "no: KeyError 'GRAFT'; the model card's code imports it")
 def test_a_fresh_process_loads_by_task_after_the_import_alone(tmp_path: Path) -> None:
     base = tiny_bert()
     base.save_pretrained(tmp_path / "base")

@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.nn.functional import mse_loss
 from transformers import (
@@ -20,13 +17,12 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
 
 from grafts import MLP, held, same_bits
-from models import VOCAB_SIZE, inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from models import VOCAB_SIZE, inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 from peft_graft import GraftConfig, fit_alpha, initialize_graft
 
 Batch = dict[str, torch.Tensor]
@@ -191,14 +187,6 @@ def test_a_trainer_learns_a_mask(task: str, tmp_path: Path) -> None:
     assert sum(map(len, held(loaded).values())) == model.peft_config["default"].entries
 
 
-def _words() -> PreTrainedTokenizerFast:
-    """A tokenizer of words "t1" ... "t61"."""
-    vocabulary = {f"t{i}": i for i in range(62)} | {"<pad>": 62, "<unk>": 63}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="t0", unk_token="<unk>")
-
-
 @pytest.mark.filterwarnings("ignore:.*(deprecated|TorchScript):DeprecationWarning", "ignore:.*deprecated:FutureWarning")
 @pytest.mark.feature("TRL's SFTTrainer trains a learned mask")
 @pytest.mark.parametrize("way", ["model", "peft_config"])
@@ -218,7 +206,7 @@ def test_trl_trains_a_mask(way: str, tmp_path: Path) -> None:
         peft_config=None if way == "model" else config,
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"text": text} for text in texts]),
-        processing_class=_words(),
+        processing_class=tiny_tokenizer(),
     )
     trainer.train()
     logits = [p for p in trainer.model.parameters() if p.requires_grad]

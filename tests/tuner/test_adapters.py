@@ -32,6 +32,7 @@ def several(base: nn.Module, count: int = 3, **options: object) -> PeftModel:
     return model
 
 
+@pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_vit], ids=["bert", "gpt2", "vit"])
 def test_each_adapter_alone_is_as_if_it_were_alone(make: object) -> None:
     base, batch = make(), inputs(make())
@@ -47,6 +48,7 @@ def test_each_adapter_alone_is_as_if_it_were_alone(make: object) -> None:
     assert_same(parameters(model.unload()), parameters(base))
 
 
+@pytest.mark.feature("several adapters of different targets")
 def test_adapters_with_other_targets_stand_side_by_side() -> None:
     base = MLP()
     one, two, _ = donors(base)
@@ -59,6 +61,8 @@ def test_adapters_with_other_targets_stand_side_by_side() -> None:
     assert same_bits(output(model, X), output(both, X))
 
 
+@pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
+@pytest.mark.feature("requires_grad of several adapters")
 @pytest.mark.skipif(peft.__version__ < "0.21", reason="0.20 freezes all when one in inference mode is added")
 def test_adding_an_adapter_does_not_activate_it_or_change_the_active_one() -> None:
     base = MLP()
@@ -73,6 +77,7 @@ def test_adding_an_adapter_does_not_activate_it_or_change_the_active_one() -> No
     assert trained == {"y"}
 
 
+@pytest.mark.feature("several adapters active at once", "works: the mean where they meet")
 def test_both_at_once_give_the_mean_where_they_meet() -> None:
     base = MLP()
     one, two, _ = donors(base)
@@ -97,6 +102,8 @@ def test_both_at_once_give_the_mean_where_they_meet() -> None:
     assert same_bits(output(model, X), output(merged, X))
 
 
+@pytest.mark.feature("several adapters active at once")
+@pytest.mark.feature("active adapters and their order")
 def test_the_order_of_adapters_does_not_matter() -> None:
     base = MLP()
     model = several(base, density=0.7)
@@ -132,6 +139,8 @@ def test_the_mean_of_three_does_not_depend_on_rounding() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.feature("several adapters active at once")
+@pytest.mark.feature("merge_adapter, unmerge_adapter, safe_merge")
 def test_merging_one_after_the_other_is_merging_both() -> None:
     base = MLP()
     model = several(base, density=0.7, count=2)
@@ -170,6 +179,7 @@ def test_a_mask_in_training_beside_another_adapter_is_as_in_evaluation(density: 
         assert torch.equal(model.train()(X), model.eval()(X))
 
 
+@pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 def test_deleting_an_adapter_leaves_the_others() -> None:
     base = MLP()
     model = several(base, density=0.5)
@@ -188,6 +198,7 @@ def test_deleting_an_adapter_leaves_the_others() -> None:
     assert same_bits(output(model, X), output(graft(base, donors(base)[0], density=0.5), X))
 
 
+@pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 def test_a_merged_adapter_is_not_deleted() -> None:
     base = MLP()
     model = several(base, density=0.5)
@@ -198,6 +209,7 @@ def test_a_merged_adapter_is_not_deleted() -> None:
         model.base_model.delete_adapter("x")
 
 
+@pytest.mark.feature("save_pretrained, from_pretrained")
 def test_each_adapter_is_saved_by_itself(tmp_path: Path) -> None:
     base = tiny_bert()
     model = several(base, density=0.05, target_modules="all")
@@ -248,6 +260,7 @@ def test_tied_weights_keep_one_owner_whoever_comes_first(tmp_path: Path) -> None
 # Errors
 
 
+@pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 @pytest.mark.parametrize("targets", [["first"], ["second", "norm"]], ids=str)
 def test_after_a_failed_addition_the_model_still_works(targets: list[str]) -> None:
     base = MLP()
@@ -296,6 +309,7 @@ def test_a_head_is_frozen_for_the_adapter_whose_donor_has_one() -> None:
     assert len([p for p in model.parameters() if p.requires_grad]) == 2
 
 
+@pytest.mark.feature("modules_to_save, task heads")
 def test_each_adapter_has_the_head_of_its_donor() -> None:
     base = tiny_bert()
     one, two, _ = donors(base)

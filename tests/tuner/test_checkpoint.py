@@ -34,6 +34,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
+@pytest.mark.feature("Trainer: train, checkpoint, resume")
 def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> None:
     model = learner()
     run = trainer(model, tmp_path, steps=12)
@@ -53,6 +54,7 @@ def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> N
         assert not [p for p in loaded.parameters() if p.requires_grad]
 
 
+@pytest.mark.feature("Trainer: train, checkpoint, resume")
 @pytest.mark.parametrize(
     "options",
     [
@@ -105,6 +107,7 @@ def test_a_resumed_run_keeps_the_alpha_that_was_fitted_on_the_way(scope: str, tm
     assert same(logits_of(resumed), logits_of(whole))
 
 
+@pytest.mark.feature("is_trainable")
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_checkpoint_can_be_loaded_like_any_adapter_and_trained_on(scope: str, tmp_path: Path) -> None:
     model = learner(scope=scope, density=0.05, alpha=3.0)
@@ -174,6 +177,7 @@ def test_a_damaged_checkpoint_is_refused_by_tensor(kind: str, change: Any, tmp_p
         PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "checkpoint-2", is_trainable=True)
 
 
+@pytest.mark.feature("Trainer: train, checkpoint, resume")
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = learner()
     seen: dict[int, dict[str, torch.Tensor]] = {}

@@ -71,6 +71,7 @@ def dense(base: nn.Module, model: PeftModel, weights: dict[str, float], kind: st
     return found
 
 
+@pytest.mark.feature("add_weighted_adapter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", sorted(COMBINATIONS))
 def test_the_combined_model_is_the_dense_combination(kind: str, dtype: torch.dtype) -> None:
@@ -117,6 +118,7 @@ def test_one_adapter_with_weight_1_is_copied(kind: str, alpha: object, dtype: to
     assert held(model, "new") == held(model, "x")
 
 
+@pytest.mark.feature("add_weighted_adapter")
 def test_the_order_of_adapters_does_not_matter() -> None:
     model = several(MLP(), alphas=(1.0, 0.7, 1.3))
     weights = {"x": 1.0, "y": 0.3, "z": -0.8}
@@ -165,6 +167,7 @@ def test_a_learned_mask_contributes_its_exact_mask() -> None:
 MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral, "t5": tiny_t5, "vit": tiny_vit}
 
 
+@pytest.mark.feature("add_weighted_adapter")
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_saved_and_loaded_without_its_sources(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     base, batch = make(), inputs(make())
@@ -446,6 +449,7 @@ def test_conflicts_are_counted() -> None:
 # Errors
 
 
+@pytest.mark.feature("add_weighted_adapter")
 def test_all_that_is_wrong_is_said_at_once() -> None:
     model = several(MLP())
     model.add_adapter("w", GraftConfig(donor=donors(MLP())[0], density=0.5, selection="fisher"))

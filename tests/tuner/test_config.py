@@ -71,6 +71,7 @@ def test_who_needs_data_says_so(selection: str) -> None:
     assert GraftConfig(selection=selection, alpha="auto").needs_data is True
 
 
+@pytest.mark.feature("PeftConfig: from_pretrained, save_pretrained, deepcopy, pickle")
 def test_a_config_survives_saving(tmp_path: Path) -> None:
     config = GraftConfig(
         donor="org/donor",
@@ -129,6 +130,7 @@ def test_something_like_a_donor_is_refused_when_it_is_opened() -> None:
         config.to_dict()
 
 
+@pytest.mark.feature("PeftConfig: from_pretrained, save_pretrained, deepcopy, pickle")
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_a_config_can_be_copied(how: object) -> None:
     config = GraftConfig(donor="zeros", density=0.1, target_modules=["a"])

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel, cast_mixed_precision_params, get_model_status, get_peft_model
 from peft.helpers import check_if_peft_model, disable_input_dtype_casting
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from grafts import MLP, assert_same, graft, held, output, parameters, same_bits
-from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
 from peft_graft import GraftConfig
 
 FIRST = "base_model.model.first.base_layer.weight"
@@ -296,7 +296,37 @@ def test_a_saved_graft_is_known_as_an_adapter(tmp_path: Path) -> None:
     assert check_if_peft_model(str(tmp_path))
 
 
+@pytest.mark.feature("pipeline of transformers")
+def test_a_pipeline_runs_a_graft() -> None:
+    base = tiny_llama()
+    model = graft(base, perturbed(base, scale=0.5), density=0.2, task_type="CAUSAL_LM")
+
+    def told(model: nn.Module) -> str:
+        run = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device="cpu")
+        return run("t1 t2 t3", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+
+    wanted = told(copy.deepcopy(model).merge_and_unload())
+    assert told(model) == wanted != told(base)
+
+
 # Dtypes
+
+
+@pytest.mark.feature("the base in another float dtype")
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("made", [torch.bfloat16, torch.float16], ids=str)
+def test_a_graft_of_a_rounded_base_fits_the_exact_one(made: torch.dtype, alpha: float, tmp_path: Path) -> None:
+    donor = perturbed(tiny_bert(made), scale=0.3)
+    graft(tiny_bert(made), donor, density=0.1, alpha=alpha).save_pretrained(tmp_path)
+    base = tiny_bert()
+    before = parameters(base)
+    model = PeftModel.from_pretrained(base, tmp_path)
+    chosen, merged = held(model), parameters(model.merge_and_unload())
+    for name, wanted in before.items():
+        index = chosen.get(name, [])
+        start, end = wanted.view(-1)[index], donor.get_parameter(name).detach().view(-1)[index].float()
+        wanted.view(-1)[index] = end if alpha == 1 else start + alpha * (end - start)
+        assert same_bits(merged[name], wanted)
 
 
 @pytest.mark.feature("autocast_adapter_dtype")

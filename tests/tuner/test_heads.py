@@ -24,6 +24,7 @@ def answer(model: nn.Module) -> torch.Tensor:
         return torch.cat(list(model.eval()(**BATCH).values()), dim=-1)
 
 
+@pytest.mark.feature("modules_to_save, task heads")
 @pytest.mark.parametrize("modules", [None, ["bert.encoder.layer.1.output.dense"]], ids=["head", "head and more"])
 @pytest.mark.parametrize(
     ("model_class", "task", "head"),
@@ -53,6 +54,7 @@ def test_the_head_is_the_donors_and_frozen(
         assert same_bits(answer(loaded), answer(base))
 
 
+@pytest.mark.feature("AutoPeftModelFor...")
 def test_the_auto_class_of_the_task_loads_it(tmp_path: Path) -> None:
     base = BertForTokenClassification(tiny_bert().config).eval()
     base.save_pretrained(tmp_path / "base")

@@ -22,6 +22,7 @@ from models import inputs, perturbed, tiny_bert
 from peft_graft import GraftConfig, initialize_graft
 
 
+@pytest.mark.feature("inject_adapter_in_model")
 def test_an_adapter_can_be_injected_into_a_plain_model() -> None:
     base = tiny_bert()
     donor, batch = perturbed(base), inputs(base)
@@ -31,6 +32,7 @@ def test_an_adapter_can_be_injected_into_a_plain_model() -> None:
     assert same_bits(output(injected, batch), wanted)
 
 
+@pytest.mark.feature("get_peft_model_state_dict, set_peft_model_state_dict")
 def test_a_state_dict_goes_from_one_model_to_another() -> None:
     base = tiny_bert()
     batch = inputs(base)
@@ -46,6 +48,7 @@ def test_a_state_dict_goes_from_one_model_to_another() -> None:
     assert same_bits(output(plain, batch), output(one, batch))
 
 
+@pytest.mark.feature("torch.compile")
 def test_a_compiled_base_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
     base = tiny_bert()
     donor, batch = perturbed(base), inputs(base)
@@ -59,6 +62,7 @@ def test_a_compiled_base_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
     assert same_bits(output(loaded.merge_and_unload()._orig_mod, batch), wanted)
 
 
+@pytest.mark.feature("add_adapter, enable_adapters, save_pretrained of transformers")
 def test_transformers_adds_switches_and_saves_a_graft(tmp_path: Path) -> None:
     base = tiny_bert()
     donor, batch = perturbed(base), inputs(base)
@@ -73,6 +77,7 @@ def test_transformers_adds_switches_and_saves_a_graft(tmp_path: Path) -> None:
     assert same_bits(output(PeftModel.from_pretrained(tiny_bert(), tmp_path), batch), wanted)
 
 
+@pytest.mark.feature("load_adapter of transformers", "no: it cannot read a patch; use PeftModel.from_pretrained")
 def test_transformers_own_loading_says_that_it_did_not_work(tmp_path: Path) -> None:
     base = tiny_bert()
     graft(base, perturbed(base), density=0.05).save_pretrained(tmp_path)
@@ -96,6 +101,7 @@ def _saved(base: MLP, out: Path) -> Path:
     return out
 
 
+@pytest.mark.feature("a loop with Accelerate")
 def test_an_accelerate_loop_learns_a_mask(tmp_path: Path) -> None:
     base = MLP()
     model = graft(base, perturbed(base, scale=0.5), density=0.2, selection="learned", alpha="auto")
@@ -123,6 +129,7 @@ def test_an_accelerate_loop_learns_a_mask(tmp_path: Path) -> None:
     assert same_bits(output(PeftModel.from_pretrained(base, tmp_path), x), wanted)
 
 
+@pytest.mark.feature("mixed precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_no_dtype_of_the_patch(dtype: torch.dtype, tmp_path: Path) -> None:
     base = tiny_bert(dtype)

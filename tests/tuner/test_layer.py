@@ -90,6 +90,7 @@ UNITS = {
 }
 
 
+@pytest.mark.feature("every kind of module that owns parameters")
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
 @pytest.mark.parametrize("name", sorted(UNITS))
 def test_every_module_that_owns_parameters_can_be_grafted(name: str, alpha: float) -> None:
@@ -115,6 +116,7 @@ def test_every_module_that_owns_parameters_can_be_grafted(name: str, alpha: floa
     assert_same(parameters(model.unload()), parameters(base))
 
 
+@pytest.mark.feature("every kind of module that owns parameters")
 def test_a_patched_embedding_looks_up_the_donors_rows() -> None:
     base = Holder(nn.Embedding(5, 3, padding_idx=0))
     donor = perturbed(base)
@@ -129,6 +131,7 @@ MHA = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.feature("every kind of module that owns parameters")
 @MHA
 @pytest.mark.parametrize("grad", [False, True], ids=["fast path", "slow path"])
 def test_attention_is_one_unit(options: dict[str, object], grad: bool) -> None:
@@ -145,6 +148,7 @@ def test_attention_is_one_unit(options: dict[str, object], grad: bool) -> None:
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.feature("every kind of module that owns parameters")
 def test_the_fast_path_of_a_transformer_layer_sees_the_whole_patch() -> None:
     """In evaluation without gradients, it reads `self_attn.out_proj.weight` and the like without calling them."""
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2).eval()
@@ -185,6 +189,7 @@ def test_reading_inside_a_unit_shows_the_patch_and_writing_reaches_the_base() ->
 # The wrapper itself
 
 
+@pytest.mark.feature("repr")
 def test_a_wrapper_reads_and_writes_like_the_module_in_it() -> None:
     base = MLP()
     donor = perturbed(base)
@@ -225,6 +230,7 @@ def test_an_embedding_and_attention_tell_their_widths() -> None:
     assert (unit.in_features, unit.out_features) == (4, 4)
 
 
+@pytest.mark.feature("repr")
 def test_the_repr_says_how_many_entries_there_are() -> None:
     base = Holder(nn.Linear(4, 3))
     assert "(default): Slot(bias: 3, weight: 12)" in repr(graft(base, perturbed(base), density=1.0))
@@ -249,6 +255,7 @@ def test_an_error_in_the_forward_leaves_no_patch_behind() -> None:
     assert torch.equal(model(x), perturbed(base)(x))
 
 
+@pytest.mark.feature("deepcopy, pickle")
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
@@ -271,6 +278,7 @@ def test_a_copy_is_a_graft_of_its_own(make: object, selection: str, how: object)
     assert same_bits(output(clone.unload(), batch), output(base, batch))
 
 
+@pytest.mark.feature("gradient checkpointing, reentrant or not")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("make", [tiny_bert, tiny_vit], ids=["bert", "vit"])
 def test_gradient_checkpointing_changes_nothing(make: object, reentrant: bool) -> None:
@@ -298,6 +306,7 @@ def test_gradient_checkpointing_changes_nothing(make: object, reentrant: bool) -
         assert gradient is None or torch.allclose(gradient, checkpointed[name])
 
 
+@pytest.mark.feature("half, bfloat16, to(dtype) of a grafted model")
 def test_merging_survives_a_change_of_dtype() -> None:
     base = MLP()
     model = graft(base, perturbed(base), density=0.5)
@@ -308,6 +317,7 @@ def test_merging_survives_a_change_of_dtype() -> None:
     assert_same(plain, {name: value.to(torch.bfloat16) for name, value in parameters(base).items()})
 
 
+@pytest.mark.feature("merge_adapter, unmerge_adapter, safe_merge")
 def test_safe_merge_refuses_what_is_not_finite() -> None:
     base = MLP()
     model = graft(base, perturbed(base), density=0.5, alpha=1e38 * 1e2)
@@ -327,6 +337,7 @@ def test_merging_while_switched_off_has_no_effect_on_the_output() -> None:
     assert same_bits(output(model, x), patched)
 
 
+@pytest.mark.feature("merge_adapter, unmerge_adapter, safe_merge")
 def test_merging_twice_warns_and_keeps_one_backup() -> None:
     base = MLP()
     model = graft(base, perturbed(base), density=0.5)
@@ -340,6 +351,7 @@ def test_merging_twice_warns_and_keeps_one_backup() -> None:
 # Refusals
 
 
+@pytest.mark.feature("recurrent and parametrized modules", "no: their weights are flattened or computed")
 @pytest.mark.parametrize(
     ("unit", "reason"),
     [
@@ -365,6 +377,7 @@ def test_the_default_leaves_such_modules_out_and_says_so(unit: nn.Module) -> Non
     assert list(model.base_model.targets("default")) == ["0.bias", "0.weight"]
 
 
+@pytest.mark.feature("integer weights", "no: a patch holds floats")
 def test_integer_weights_are_refused() -> None:
     quantized = nn.Linear(4, 4)
     quantized.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)

@@ -23,6 +23,7 @@ EVERY = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).re
 FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
+@pytest.mark.feature("get_peft_model, forward")
 @EVERY
 @FAMILY
 def test_everything_grafted_is_the_donor(family: str, dtype: torch.dtype) -> None:
@@ -38,6 +39,7 @@ def test_everything_grafted_is_the_donor(family: str, dtype: torch.dtype) -> Non
     assert same_bits(output(merged, batch), output(donor, batch))
 
 
+@pytest.mark.feature("get_peft_model, forward")
 @pytest.mark.parametrize("targets", [None, "all"])
 @EVERY
 @FAMILY
@@ -65,6 +67,9 @@ def test_a_patch_holds_the_largest_deltas_and_the_donors_bits(
     assert_same(parameters(merged), wanted)
 
 
+@pytest.mark.feature("merge_adapter, unmerge_adapter, safe_merge")
+@pytest.mark.feature("merge_and_unload, unload")
+@pytest.mark.feature("disable_adapter, disable_adapter_layers")
 @EVERY
 @FAMILY
 def test_merging_switching_off_and_unloading_give_the_base_back(family: str, dtype: torch.dtype) -> None:

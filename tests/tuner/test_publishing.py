@@ -44,6 +44,7 @@ def test_copies_and_pickles_publish_themselves(tmp_path: Path) -> None:
     assert "## What it is" in (tmp_path / "again" / "README.md").read_text()
 
 
+@pytest.mark.feature("model card of save_pretrained")
 def test_every_adapter_has_its_card(tmp_path: Path) -> None:
     model = graft(tiny_bert(), "zeros", density=0.1)
     model.add_adapter("other", GraftConfig(donor="zeros", density=0.2))

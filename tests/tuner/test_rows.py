@@ -48,11 +48,9 @@ def alone(model: PeftModel, name: str, batch: dict[str, torch.Tensor]) -> torch.
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+@pytest.mark.feature("adapter_names: an adapter for each row")
+@pytest.mark.parametrize(("family", "task"), [*((family, None) for family in MODELS), ("bert", "SEQ_CLS")])
 def test_each_row_is_as_if_its_adapter_ran_alone(family: str, task: str | None) -> None:
-    if task and family != "bert":
-        pytest.skip("no classification head")
     base = MODELS[family]()
     model, batch = several(base, task_type=task), batch_of(base)
     with torch.no_grad():
@@ -67,6 +65,7 @@ def test_each_row_is_as_if_its_adapter_ran_alone(family: str, task: str | None) 
     assert same_bits(alone(model, "x", batch), by_name["x"])  # nothing of the rows is left behind
 
 
+@pytest.mark.feature("adapter_names: an adapter for each row")
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_generate_gives_each_row_the_tokens_of_its_adapter(family: str, beams: int) -> None:
@@ -99,6 +98,9 @@ def test_one_adapter_for_all_rows_gives_the_bits_of_that_adapter() -> None:
     assert same_bits(mixed, alone(model, "y", batch))
 
 
+@pytest.mark.feature(
+    "adapter_names with patches that all rows share", "no: such parameters act on the whole batch; named in the error"
+)
 def test_input_embeddings_may_differ_by_row_and_positions_may_not() -> None:
     base = tiny_gpt2()
     model, batch = several(base, target_modules=["wte"]), batch_of(base)
@@ -111,6 +113,7 @@ def test_input_embeddings_may_differ_by_row_and_positions_may_not() -> None:
     assert same_bits(alone(everything, "x", batch), alone(everything, "x", batch))
 
 
+@pytest.mark.feature("adapter_names with patches that all rows share")
 def test_bare_parameters_of_a_parent_are_refused() -> None:
     base = tiny_vit()
     model, batch = several(base, target_modules="all"), {"pixel_values": inputs(base, batch=2)["pixel_values"]}
@@ -146,6 +149,7 @@ def test_a_patch_that_another_module_reads_is_refused() -> None:
     assert model(torch.ones(2, 4), adapter_names=["__base__"] * 2).shape == (2, 4)
 
 
+@pytest.mark.feature("adapter_names: an adapter for each row")
 def test_all_offenders_are_named_at_once() -> None:
     base = MLP()
     model, x = several(base), torch.ones(3, 4)

@@ -39,6 +39,7 @@ def saved(out: Path, **options: object) -> torch.Tensor:
     return output(model, inputs(base))
 
 
+@pytest.mark.feature("save_pretrained, from_pretrained")
 @pytest.mark.parametrize("targets", [None, "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -56,6 +57,7 @@ def test_what_is_saved_is_loaded(family: str, dtype: torch.dtype, targets: str |
     assert (again / "adapter_model.safetensors").read_bytes() == (tmp_path / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.feature("save_pretrained, from_pretrained")
 def test_a_fresh_process_without_the_donor_gives_the_same_logits(tmp_path: Path) -> None:
     wanted = {}
     for family in ("bert", "t5"):
@@ -127,6 +129,7 @@ def test_zeros_store_no_values(tmp_path: Path) -> None:
     assert same_bits(output(loaded, inputs(base)), output(model, inputs(base)))
 
 
+@pytest.mark.feature("save_pretrained, from_pretrained")
 def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
     base = tiny_bert()
     model = graft(base, perturbed(base), density=0.05, alpha=3.0)
@@ -137,6 +140,7 @@ def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
         assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
 
+@pytest.mark.feature("load_adapter over a loaded one")
 def test_loading_over_an_adapter_replaces_all_of_it(tmp_path: Path) -> None:
     base = tiny_bert()
     small = graft(base, perturbed(base, seed=5), num_params=3)
@@ -147,6 +151,7 @@ def test_loading_over_an_adapter_replaces_all_of_it(tmp_path: Path) -> None:
     assert same_bits(output(model, inputs(base)), output(small, inputs(base)))
 
 
+@pytest.mark.feature("low_cpu_mem_usage")
 def test_low_cpu_mem_usage_loads_the_same(tmp_path: Path) -> None:
     wanted = saved(tmp_path, target_modules="all")
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path, low_cpu_mem_usage=True)
@@ -162,6 +167,7 @@ def test_another_architecture_is_refused_before_anything_is_wrapped(tmp_path: Pa
     assert not any("graft" in name for name, _ in other.named_modules())
 
 
+@pytest.mark.feature("the base in another float dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_same_base_in_another_dtype_is_welcome(dtype: torch.dtype, tmp_path: Path) -> None:
     saved(tmp_path, density=None, num_params=500)
@@ -178,6 +184,7 @@ def test_the_same_base_in_another_dtype_is_welcome(dtype: torch.dtype, tmp_path:
 # Task heads
 
 
+@pytest.mark.feature("modules_to_save, task heads")
 @pytest.mark.parametrize("selection", ["magnitude", "learned"])
 def test_the_head_is_the_donors_and_frozen(selection: str, tmp_path: Path) -> None:
     base, donor = tiny_bert(), perturbed(tiny_bert())
@@ -210,6 +217,7 @@ def test_the_head_is_the_donors_and_frozen(selection: str, tmp_path: Path) -> No
     assert same_bits(output(loaded, inputs(base)), output(model, inputs(base)))
 
 
+@pytest.mark.feature("modules_to_save, task heads")
 def test_a_head_of_several_modules_is_the_donors() -> None:
     base = tiny_roberta()
     donor = perturbed(base)
@@ -218,6 +226,7 @@ def test_a_head_of_several_modules_is_the_donors() -> None:
     assert same_bits(output(model, inputs(base)), output(donor, inputs(base)))
 
 
+@pytest.mark.feature("modules_to_save, task heads")
 def test_a_head_that_the_donor_lacks_stays_the_bases_and_trains() -> None:
     base = tiny_bert()
     model = graft(base, perturbed(base).bert, density=0.05, task_type="SEQ_CLS")
@@ -237,6 +246,7 @@ def test_a_head_of_another_size_is_refused() -> None:
 # Refusals
 
 
+@pytest.mark.feature("another base", "no: the adapter knows the values of its base")
 def test_another_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     saved(tmp_path)
     other = tiny_bert(seed=3)

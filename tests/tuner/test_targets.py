@@ -73,6 +73,7 @@ def test_names_that_no_suffix_tells_apart_are_told_apart() -> None:
     assert model.peft_config["default"].target_modules == "0"
 
 
+@pytest.mark.feature("target_modules: names, an expression, all-linear")
 @pytest.mark.parametrize("targets", [["query", "dense"], r".*layer\.1.*(query|dense)"], ids=["names", "regex"])
 def test_modules_are_chosen_by_suffix_or_expression(targets: object) -> None:
     base = tiny_bert()
@@ -82,6 +83,7 @@ def test_modules_are_chosen_by_suffix_or_expression(targets: object) -> None:
     assert targeted(graft(base, "zeros", density=0.1, target_modules=targets)) == wanted
 
 
+@pytest.mark.feature("target_modules: names, an expression, all-linear")
 @pytest.mark.parametrize(
     ("base", "task", "others"),
     [
@@ -101,6 +103,7 @@ def test_all_linear_finds_the_linears_again_for_a_second_adapter(
     assert targeted(model, "second") == first
 
 
+@pytest.mark.feature("exclude_modules")
 @pytest.mark.parametrize("targets", [None, "all"])
 @pytest.mark.parametrize("excluded", [["query", "embeddings.LayerNorm"], r".*(query|embeddings\.LayerNorm)"], ids=str)
 def test_excluded_modules_are_left_alone(excluded: object, targets: str | None) -> None:
@@ -123,6 +126,7 @@ def test_excluded_bare_parameters_are_left_alone() -> None:
     assert targeted(model) == names(base, "cls_token", "position_embeddings")
 
 
+@pytest.mark.feature("layers_to_transform, layers_pattern")
 @pytest.mark.parametrize("targets", [None, "all", "all-linear"])
 @pytest.mark.parametrize(("layers", "pattern"), [(1, None), ([1], "layer"), ([0, 1], None)], ids=str)
 def test_layers_are_chosen_by_number(layers: object, pattern: str | None, targets: str | None) -> None:
@@ -146,6 +150,7 @@ def test_nothing_to_target_is_an_error() -> None:
 # Bare parameters
 
 
+@pytest.mark.feature("target_parameters, 3-D experts")
 def test_bare_parameters_are_chosen_by_name() -> None:
     base = tiny_vit()
     donor, batch = perturbed(base, scale=0.5), inputs(base)
@@ -159,6 +164,7 @@ def test_bare_parameters_are_chosen_by_name() -> None:
     assert same_bits(output(model.merge_and_unload(), batch), output(base, batch))
 
 
+@pytest.mark.feature("target_parameters, 3-D experts")
 @pytest.mark.parametrize("targets", [None, ["q_proj"]], ids=str)
 def test_experts_are_chosen_one_parameter_at_a_time(targets: list[str] | None) -> None:
     base = tiny_mixtral()

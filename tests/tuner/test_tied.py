@@ -25,6 +25,7 @@ class Tied(nn.Module):
         return self.head(self.embedding(ids))
 
 
+@pytest.mark.feature("tied weights")
 @pytest.mark.parametrize("targets", ["all", ["embedding"], ["head"]], ids=str)
 def test_tied_weights_have_one_patch(targets: object) -> None:
     base = Tied()
@@ -52,6 +53,7 @@ def test_tied_weights_have_one_patch(targets: object) -> None:
     assert_same(parameters(alone), parameters(base))
 
 
+@pytest.mark.feature("tied weights")
 def test_tying_again_ties_the_base_and_not_a_patched_copy() -> None:
     base = tiny_gpt2()
     model = graft(base, perturbed(base), density=0.1, target_modules="all")

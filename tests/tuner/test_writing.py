@@ -68,6 +68,7 @@ def grafted(alpha: float = 1.0, **options: Any) -> tuple[nn.Module, nn.Module, n
     return base, donor, graft(base, donor, density=0.01, target_modules="all", alpha=alpha, **options).eval()
 
 
+@pytest.mark.feature("torch.no_grad, torch.inference_mode")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
 def test_the_forward_reads_the_bases_own_storage_and_leaves_its_bits(alpha: float, context: Any) -> None:
@@ -190,6 +191,7 @@ def test_the_copy_of_a_patched_parameter_starts_from_its_own_bits() -> None:
         assert own_entries(empty, one).tolist() == [0, 2, 5]
 
 
+@pytest.mark.feature("several threads on one model")
 def test_threads_share_one_model() -> None:
     base, _, model = grafted()
     wanted, wrong = output(model, IDS), []
@@ -310,6 +312,7 @@ def test_what_is_switched_while_generating_is_switched() -> None:
 # Compilers
 
 
+@pytest.mark.feature("torch.compile")
 @pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("make", [MLP, tiny_bert, tiny_gpt2])

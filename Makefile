@@ -17,10 +17,10 @@ DEMO_ARGS ?=
 APP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app docs test lowest suites style quality bench clean
+.PHONY: help install demo app docs test lowest compatibility suites style quality bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make the environment (every other target does so by itself)
 
@@ -50,6 +50,9 @@ test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 2" for two at a time, "-m slow"
 
 lowest: ## Run the tests with the lowest supported versions of the Hugging Face packages, in an environment of their own
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+compatibility: $(STAMP) ## Run the tests that show a feature of PEFT, and write docs/peft_compatibility.md from them
+	$(BIN)/python -m pytest -m feature --compatibility=docs/peft_compatibility.md $(PYTEST_ARGS)
 
 suites: $(STAMP) ## Put grafts through PEFT's own test suites (fetches its source; about 15 minutes)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) diffusers parameterized scipy

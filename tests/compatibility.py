@@ -1,4 +1,4 @@
-"""A pytest plugin: `--compatibility FILE` writes the table of features from the tests that passed in this very run.
+"""A pytest plugin: `--compatibility=FILE` writes the table of features from the tests that passed in this very run.
 
 A test says which feature it shows with `@pytest.mark.feature("forward")`. A second argument replaces the verdict
 "works", as in `@pytest.mark.feature("hot-swapping", "no: PEFT swaps LoRA only")`; such a test shows the error one gets.

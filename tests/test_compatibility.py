@@ -72,7 +72,7 @@ def run(project: Path, *arguments: str, tests: str = GOOD) -> subprocess.Complet
 
 
 def test_a_run_in_which_all_passed_writes_the_table(tmp_path: Path) -> None:
-    result = run(tmp_path, "--compatibility", "table.md")
+    result = run(tmp_path, "--compatibility=table.md")
     assert result.returncode == 0, result.stdout
     wanted = without_versions(render(read_claims(tmp_path), versions="any"))
     assert without_versions((tmp_path / "table.md").read_text()) == wanted
@@ -83,13 +83,13 @@ def test_a_run_in_which_all_passed_writes_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", sorted(BAD))
 def test_one_test_that_did_not_pass_and_there_is_no_table(how: str, tmp_path: Path) -> None:
     before, after, message = BAD[how]
-    result = run(tmp_path, "--compatibility", "table.md", tests=GOOD.replace(before, after))
+    result = run(tmp_path, "--compatibility=table.md", tests=GOOD.replace(before, after))
     assert result.returncode == 1 and message in result.stdout, result.stdout
     assert not (tmp_path / "table.md").exists()
 
 
 def test_a_run_of_some_tests_writes_no_table(tmp_path: Path) -> None:
-    result = run(tmp_path, "--compatibility", "table.md", "-k", "not test_3")
+    result = run(tmp_path, "--compatibility=table.md", "-k", "not test_3")
     assert result.returncode == 1 and "test_3: not run" in result.stdout
     assert not (tmp_path / "table.md").exists()
 

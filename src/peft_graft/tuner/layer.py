@@ -16,7 +16,7 @@ from .mask import GraftState, Slot, straight_through
 from .offload import real_parameter
 from .rows import Rows
 from .running import PatchedRun
-from .sharding import require_whole, whole
+from .sharding import UNGATHERED, is_sharded, require_whole, whole
 from .writing import is_held, overwrite, own_entries, restored
 
 
@@ -121,6 +121,8 @@ class GraftLayer(PatchedRun, Facade):
         if logits is not None:
             base = self.base_entries(param, indices.to(device))
             self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], base)
+        elif is_sharded(self.base_parameter(param)):
+            self.states[adapter_name].note_base(self.tensor_name(param), self.base_entries(param, indices.to(device)))
 
     def clear(self, adapter_name: str, params: Iterable[str] | None = None) -> None:
         """Take an adapter's entries away, of all parameters or of these."""
@@ -167,6 +169,7 @@ class GraftLayer(PatchedRun, Facade):
         full = donor if exactly_donor else scaled(base, donor, alpha)
         if mask is None or logits is None:
             return indices, full, None
+        require_whole({name: logits}, "trained", UNGATHERED)
         values = torch.where(mask, full, base)
         return indices, straight_through(logits, values, state.base_values(name), donor, alpha), mask
 
@@ -182,6 +185,7 @@ class GraftLayer(PatchedRun, Facade):
         alpha = state.scale(name)
         if slot is None or logits is None or not logits.requires_grad or isinstance(alpha, torch.Tensor):
             return None
+        require_whole({name: logits}, "trained", UNGATHERED)
         parameter = self.base_parameter(param)
         indices, donor, _ = slot.entries(key, parameter.device)
         mask = state.mask(name).to(indices.device)

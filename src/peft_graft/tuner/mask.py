@@ -87,11 +87,13 @@ class Slot(nn.Module):
 
     def logits(self, param: str) -> nn.Parameter | None:
         """Mask logits of `param`, float32 [n], or None for a fixed mask."""
-        return self._parameters.get(f"{param}_logits")
+        name = f"{param}_logits"
+        return self._parameters[name] if name in self._parameters else None  # by [], where ZeRO-3 gathers
 
     def owned_logits(self, param: str) -> nn.Parameter | None:
         """The logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
-        return self._shards.get(f"{param}_logits", self.logits(param))
+        name = f"{param}_logits"
+        return self._shards.get(name, self._parameters.get(name))  # by get, where it does not
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Remember shards: while a module runs, FSDP2 sets the whole parameter, maybe in half precision, instead."""
@@ -248,9 +250,13 @@ class GraftState:
     def _holders(self) -> tuple[tuple[int, bool], ...]:
         return tuple((id(values), is_partitionable(values)) for values in self.logits().values())
 
-    def base_values(self, name: str) -> torch.Tensor:
-        """The base's values at this tensor's candidates, float [n]."""
-        return self._base[name]
+    def note_base(self, name: str, base: torch.Tensor) -> None:
+        """Note the base's values at this tensor's entries, float [n]: from shards they can hardly be had later."""
+        self._base[name] = base
+
+    def base_values(self, name: str) -> torch.Tensor | None:
+        """The base's values at this tensor's candidates or noted entries, float [n]."""
+        return self._base.get(name)
 
     def _index(self, name: str) -> torch.Tensor:
         slot, param = self._members[name]

@@ -14,7 +14,7 @@ from torch import nn
 from .kernels import Part, is_simple, patched_run
 from .offload import where_it_runs
 from .rows import Rows, run_by_row
-from .sharding import is_sharded, require_whole
+from .sharding import UNGATHERED, is_sharded, require_whole
 from .writing import Hold, any_held, can_write, is_traced, own_copy, patched_copy
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class PatchedRun:
     def _require_whole(self, param: str) -> None:
         owner, owned = self._owner(param)
         held = {owner.tensor_name(owned): self.base_parameter(param)}
-        require_whole(held, "patched", "Run the model as the engine returned it, so that it gathers them.")
+        require_whole(held, "patched", UNGATHERED)
 
     def _patches(self, adapter_name: str) -> bool:
         return any(self.has_entries(adapter_name, param) for param in self.keys)

@@ -14,6 +14,7 @@ GATHER = (
     "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a "
     "forward without gradients, the mask is known and it is not needed."
 )
+UNGATHERED = "Run the model as the engine returned it, so that it gathers them."
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -170,25 +170,25 @@ def _fingerprint(
     """Fingerprint of the base; None while it cannot be known, or is known already, as on a quantized base.
 
     Raises:
-        ValueError: The base is sharded, and nobody has noted its values.
+        ValueError: The base is sharded, and its values have not been noted.
     """
     if _quantized(places, patch):
         return None
     sharded = [name for name in patch.tensors if is_sharded(places[name].layer.base_parameter(places[name].param))]
+    noted = {name: values for name in patch.tensors if (values := state.base_values(name)) is not None}
     if not sharded:
         base = _base_entries(places, patch)
-    elif not state.logits():
-        if state.config.fingerprint is not None:
-            return None
+    elif len(noted) == len(patch.tensors):
+        base = {
+            name: values[masks[name].to(values.device)] if name in masks else values for name, values in noted.items()
+        }
+    elif state.config.fingerprint is None:
         raise ValueError(
             f"base must be whole to be told by its values, got shards of {sharded[:3]}. "
             "Save before the model is sharded."
         )
     else:
-        base = {name: state.base_values(name) for name in patch.tensors}
-        base = {
-            name: values[masks[name].to(values.device)] if name in masks else values for name, values in base.items()
-        }
+        return None
     return None if base is None else Fingerprint.compute(base).to_dict()
 
 

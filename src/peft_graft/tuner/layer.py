@@ -171,7 +171,12 @@ class GraftLayer(PatchedRun, Facade):
             return indices, full, None
         require_whole({name: logits}, "trained", UNGATHERED)
         values = torch.where(mask, full, base)
-        return indices, straight_through(logits, values, state.base_values(name), donor, alpha), mask
+        return indices, straight_through(logits, values, self._start(adapter_name, param, indices), donor, alpha), mask
+
+    def _start(self, adapter_name: str, param: str, indices: torch.Tensor) -> torch.Tensor:
+        """The base's values at a mask's candidates, as they were when it was made, where they are on record."""
+        recorded = self.states[adapter_name].base_values(self.tensor_name(param))
+        return self.base_entries(param, indices) if recorded is None else recorded.to(indices.device)
 
     def candidates(self, adapter_name: str, param: str) -> Part | None:
         """What a kernel needs of a mask that trains: it writes what is taken, and wants gradients of all candidates.
@@ -192,7 +197,7 @@ class GraftLayer(PatchedRun, Facade):
         at, put = indices[mask], donor[mask]
         if alpha != 1:
             put = scaled(self.base_entries(param, at), put, alpha)
-        carrier = straight_through(logits, logits.detach(), state.base_values(name), donor, alpha)
+        carrier = straight_through(logits, logits.detach(), self._start(adapter_name, param, indices), donor, alpha)
         return Part(indices, carrier, at, put.to(parameter.dtype))
 
     def joint_entries(

@@ -126,7 +126,9 @@ _VERSIONS = "Written with "
 _HEAD = f"""# What works with PEFT
 
 Written by `make compatibility`, only from tests that passed in that run: a row says "works" when all the tests beside
-it 
+it passed, and "no" when they showed the error that one gets. The default suite compares it with the tests, which are in
+`tests/`, so that nobody edits it by hand. Besides, `make suites` puts grafts through PEFT's own tests.
+
 {_VERSIONS}"""
 
 

@@ -207,7 +207,7 @@ def tiny_whisper(dtype: torch.dtype = torch.float32, seed: int = 0) -> WhisperFo
     return _build(WhisperForConditionalGeneration, config, dtype, seed)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer of the words "t1" ... "t61"; "t0" ends a sequence."""
     vocabulary = {f"t{i}": i for i in range(VOCAB_SIZE - 2)} | {"<pad>": VOCAB_SIZE - 2, "<unk>": VOCAB_SIZE - 1}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from grafts import MLP, held, same_bits
-from models import VOCAB_SIZE, inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
+from models import VOCAB_SIZE, inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, word_tokenizer
 from peft_graft import GraftConfig, fit_alpha, initialize_graft
 
 Batch = dict[str, torch.Tensor]
@@ -206,7 +206,7 @@ def test_trl_trains_a_mask(way: str, tmp_path: Path) -> None:
         peft_config=None if way == "model" else config,
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"text": text} for text in texts]),
-        processing_class=tiny_tokenizer(),
+        processing_class=word_tokenizer(),
     )
     trainer.train()
     logits = [p for p in trainer.model.parameters() if p.requires_grad]

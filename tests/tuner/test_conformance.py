@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
 from grafts import MLP, assert_same, graft, held, output, parameters, same_bits
-from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
+from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit, word_tokenizer
 from peft_graft import GraftConfig
 
 FIRST = "base_model.model.first.base_layer.weight"
@@ -302,7 +302,7 @@ def test_a_pipeline_runs_a_graft() -> None:
     model = graft(base, perturbed(base, scale=0.5), density=0.2, task_type="CAUSAL_LM")
 
     def told(model: nn.Module) -> str:
-        run = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device="cpu")
+        run = pipeline("text-generation", model=model, tokenizer=word_tokenizer(), device="cpu")
         return run("t1 t2 t3", max_new_tokens=8, do_sample=False)[0]["generated_text"]
 
     wanted = told(copy.deepcopy(model).merge_and_unload())

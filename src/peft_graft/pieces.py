@@ -16,9 +16,9 @@ import torch
 
 from .donors import FLOAT_DTYPES, DonorError, Extent
 
-# Entries of one read, and of what is handed out: the first keeps disks busy, the second stays in a core's cache.
+# Entries of one read, and of what is handed out.
 BLOCK = 1 << 21
-PIECE = 1 << 17
+PIECE = 1 << 20
 # Reads that are done or under way beyond those that are being worked on.
 _AHEAD = 2
 

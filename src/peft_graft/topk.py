@@ -88,6 +88,11 @@ class TopK:
         """
         self.offer(name, scores.numel(), *self.sift(name, scores, *carried))
 
+    @property
+    def threshold(self) -> float:
+        """The score that an entry must exceed from here on; -inf until more than k have been seen."""
+        return self._threshold
+
     def sift(self, name: str, scores: torch.Tensor, *carried: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Find what of a piece may be among the k highest, for `offer`; threads may do so for later pieces meanwhile.
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .ahead import reading_ahead
+
 _REGEX = set("*+?|()[]^$\\")
 
 
@@ -65,9 +67,10 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from ..extract import extract
-    from ..tables import size
-    from ..tuner import GraftConfig
+    with reading_ahead(args.base, args.donor):
+        from ..extract import extract
+        from ..tables import size
+        from ..tuner import GraftConfig
 
     config = GraftConfig(
         donor=args.donor,
@@ -126,9 +129,10 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    with reading_ahead(args.base, args.donor):
+        from tqdm import tqdm
 
-    from ..closeness import compare
+        from ..closeness import compare
 
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=not sys.stderr.isatty()) as bar:
 

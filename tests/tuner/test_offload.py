@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from grafts import graft, held, output, same_bits
+from grafts import MLP, graft, held, output, same_bits
 from models import inputs, perturbed, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
 from peft_graft import GraftConfig, initialize_graft
 
@@ -78,6 +78,20 @@ def test_another_offloaded_base_is_refused(tmp_path: Path) -> None:
     cpu_offload(other, execution_device="cpu")
     with pytest.raises(ValueError, match="base must be the model that this patch was made for"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.feature("a base offloaded to memory")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_patch_goes_where_the_module_runs(grad: bool) -> None:
+    """The meta device stands for an accelerator: torch refuses to mix it with the CPU, and tells shapes only."""
+    base = MLP()
+    donor = perturbed(base)
+    cpu_offload(base, execution_device="meta")
+    model = get_peft_model(base, GraftConfig(donor=donor, density=0.5, selection="learned")).train(grad)
+    with torch.set_grad_enabled(grad):
+        result = model(torch.randn(5, 4, device="meta"))
+    assert result.device.type == "meta" and result.shape == (5, 3)
+    assert not [name for name, tensor in model.named_buffers() if tensor.is_meta]
 
 
 @pytest.mark.feature("data-driven rules on an offloaded base", "no: gradients do not reach offloaded parameters")

@@ -229,8 +229,9 @@ def is_simple(module: nn.Module) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    # The experts of transformers have this mark, whichever class they are.
-    return (type(module) in _SIMPLE or "_is_expert_parallel" in vars(module)) and "forward" not in vars(module)
+    # Every model has a norm class of its own, and the experts of transformers have a mark.
+    like = type(module).__name__.endswith("RMSNorm") or "_is_expert_parallel" in vars(module)
+    return (type(module) in _SIMPLE or like) and "forward" not in vars(module)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -264,8 +265,6 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
 
 
 def _run_linear(module: Any, x: torch.Tensor, weight: Part, bias: Part | None) -> torch.Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # here, so that autograd sees it and keeps it so
     values = weight.values, None if bias is None else bias.values
     return _PatchedLinear.apply(x, module.weight, module.bias, isinstance(module, Conv1D), weight, bias, *values)
 

@@ -123,6 +123,7 @@ class Hold:
 
     Several may share one patch, one inside the other or in several threads: the first writes it, the last takes it
     off. Who comes with another patch in the meantime, or to a parameter that must not be touched, works on a copy.
+    A thread that reads the parameter without asking here, as another model that shares it may, sees the patch.
 
     Args:
         parameter: The parameter.

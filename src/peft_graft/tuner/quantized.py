@@ -23,8 +23,8 @@ def find_backend(module: nn.Module) -> QuantizationBackend | None:
     Returns:
         The way; None where the module is no quantized Linear, or one that cannot be read.
     """
-    if not isinstance(module, nn.Linear):
-        return None
+    if not isinstance(module, nn.Linear) or type(module.weight) is nn.Parameter:
+        return None  # without asking PEFT, which imports every library for quantization that is installed
     backend = resolve_quantization_backend(module, get_apply_tensor_subclass=_not_needed)
     return backend if backend is not None and backend.supports_merge else None
 

@@ -23,14 +23,19 @@ torch.set_num_threads(1)  # before the donor is trained: every process needs the
 from accelerate import Accelerator, PartialState  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DeepSpeedPlugin, DistributedType  # noqa: E402
+from peft import PeftModel, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 import graft  # noqa: E402
 import tasks  # noqa: E402
+from grafts import graft as grafted  # noqa: E402
 from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
-from peft_graft import AlphaCallback, fit_alpha, initialize_graft  # noqa: E402
+from models import inputs, perturbed, tiny_gpt2, tiny_llama, tiny_mamba, tiny_vit  # noqa: E402
+from peft_graft import AlphaCallback, GraftConfig, fit_alpha, initialize_graft  # noqa: E402
 from peft_graft.tuner.sharding import is_sharded  # noqa: E402
 
 BATCH = 4
@@ -47,6 +52,9 @@ def scores(out: Path) -> dict[str, Any]:
         model = learner(selection=selection, density=0.05, alpha="auto", alpha_scope=scope)
         fit = initialize_graft(model, mine, calibration=mine, progress=False, steps=2)
         found[selection] = {"held": held(model), "alpha": fit.alpha, "loss": fit.loss}
+    model = learner(selection="wanda", density=0.05)
+    initialize_graft(model, rows if state.is_main_process else [], progress=False)
+    found["one_rank"] = held(model)
     other = learner(selection="fisher", density=0.05 + 0.01 * state.process_index)
     found["refused"] = [said(lambda: initialize_graft(other, mine, progress=False))]
     return found
@@ -67,9 +75,7 @@ def trains(out: Path) -> dict[str, Any]:
 
 def loops(out: Path) -> dict[str, Any]:
     """A loop over accelerator.prepare, as in Accelerate's own examples."""
-    accelerator = Accelerator(gradient_accumulation_steps=4 // PartialState().num_processes)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH
+    accelerator = prepared_for(BATCH, gradient_accumulation_steps=4 // PartialState().num_processes)
     model = learner(density=0.05)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=BATCH))
@@ -86,6 +92,84 @@ def loops(out: Path) -> dict[str, Any]:
         plain.save_pretrained(out / "adapter", state_dict=state_dict)
     accelerator.wait_for_everyone()
     return seen(plain)
+
+
+def prepared_for(batch: int, **options: Any) -> Accelerator:
+    """An accelerator; DeepSpeed is told the size of a rank's batch, and not to clip gradients as it would."""
+    accelerator = Accelerator(**options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config |= {"train_micro_batch_size_per_gpu": batch, "gradient_clipping": 0}
+    return accelerator
+
+
+def kinds(out: Path) -> dict[str, Any]:
+    """Models that are hard to shard: in bfloat16, recomputed, tied, with bare parameters, with weights read afar."""
+    models: dict[str, tuple[nn.Module, str, dict[str, Any]]] = {
+        "llama": (tiny_llama(torch.bfloat16), "LlamaDecoderLayer", {}),
+        "recomputed": (tiny_llama(seed=1), "LlamaDecoderLayer", {}),
+        "gpt2": (tiny_gpt2(), "GPT2Block", {"target_modules": "all"}),
+        "vit": (tiny_vit(), "ViTLayer", {"target_modules": "all"}),
+        "mamba": (tiny_mamba(), "MambaBlock", {}),
+    }
+    found: dict[str, Any] = {}
+    for name, (base, layer, options) in models.items():
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = layer
+        accelerator = prepared_for(BATCH, gradient_accumulation_steps=2 // PartialState().num_processes)
+        model = grafted(base, perturbed(base, scale=0.2), selection="learned", density=0.05, **options)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if name == "recomputed":
+            plain = model.base_model.model  # by its name before and after transformers 5.20
+            enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        halves = [{key: value[half::2] for key, value in inputs(base, batch=2 * BATCH).items()} for half in range(2)]
+        model, optimizer = accelerator.prepare(model, optimizer)
+        model.train()
+        for batch in 3 * halves[accelerator.process_index :: accelerator.num_processes]:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        plain = accelerator.unwrap_model(model)
+        sharded = sum(is_sharded(parameter) for parameter in plain.parameters())
+        fit = fit_alpha(model, halves, scope="tensor", progress=False)
+        plain.save_pretrained(out / name, is_main_process=accelerator.is_main_process)
+        found[name] = {"alpha": fit.alpha, "loss": fit.loss, "sharded": sharded}
+        AcceleratorState._reset_state()
+    return found
+
+
+def partitioned(out: Path) -> dict[str, Any]:
+    """A base that ZeRO-3 partitions while it is loaded: no rank ever holds the whole of it."""
+    state = PartialState()
+    base = tiny_llama()
+    if state.is_main_process:
+        base.save_pretrained(out / "base")
+        perturbed(base, scale=0.2).save_pretrained(out / "donor")
+    state.wait_for_everyone()
+    on_disk = {"donor": str(out / "donor"), "density": 0.05}
+    if state.is_main_process:
+        get_peft_model(tiny_llama(), GraftConfig(**on_disk)).save_pretrained(out / "wanted")
+    state.wait_for_everyone()
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})
+
+    def load() -> nn.Module:
+        return type(base).from_pretrained(out / "base")
+
+    model = get_peft_model(load(), GraftConfig(**on_disk))
+    model.save_pretrained(out / "adapter", is_main_process=state.is_main_process)
+    loaded = PeftModel.from_pretrained(load(), out / "wanted")
+    scored = get_peft_model(load(), GraftConfig(**on_disk, selection="fisher"))
+    del keep
+    return {
+        "held": [held(model), held(loaded)],
+        "sharded": sum(is_sharded(parameter) for parameter in model.parameters()),
+        "refused": [said(model.merge_adapter), said(lambda: initialize_graft(scored, [inputs(base)], progress=False))],
+    }
 
 
 def shards(out: Path) -> dict[str, Any]:
@@ -146,7 +230,8 @@ def seen(model: Any) -> dict[str, Any]:
     return {"held": held(model), "masks": masks, "alpha": state.alpha, "logits": logits, "sharded": sharded}
 
 
-TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (scores, trains, loops, shards)}
+USUAL = (scores, trains, loops, shards)
+TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (*USUAL, kinds, partitioned)}
 
 
 def pretend_that_cpus_shard() -> None:
@@ -196,7 +281,7 @@ def main() -> None:
         sys.argv = names
         graft.main()
         return
-    for name in names or TASKS:
+    for name in names or [task.__name__ for task in USUAL]:
         folder = Path(out) / name
         found = TASKS[name](folder)
         state = PartialState()

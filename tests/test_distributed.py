@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 PROGRAM = str(ROOT / "tests" / "on_ranks.py")
 SHARDING = ("zero3", "fsdp2")
-SECONDS = 280
+SECONDS = 600
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -120,7 +120,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_two_processes(together: Path) -> None:
-    for task in on_ranks.TASKS:
+    for task in ("scores", "trains", "loops", "shards"):
         assert [rank["world"] for rank in found(together, task)] == [2, 2]
 
 
@@ -135,6 +135,11 @@ def test_ranks_that_share_the_batches_find_the_mask_of_one_process(
         assert rank[selection]["alpha"] == pytest.approx(wanted["alpha"], rel=1e-3)
     one, two = found(together, "scores")
     assert one[selection] == two[selection]
+
+
+def test_a_rank_may_have_no_batches(alone: tuple[Path, dict[str, Any]], together: Path) -> None:
+    for rank in found(together, "scores"):
+        assert rank["one_rank"] == alone[1]["scores"]["wanda"]["held"]
 
 
 def test_ranks_that_find_different_masks_are_told(together: Path) -> None:
@@ -218,6 +223,39 @@ def test_every_engine_learns_the_mask_of_one_process(
         assert {rank["sharded"] > 0 for rank in ranks} == {engine in SHARDING}
         assert_same(ranks, results[task])
         assert adapter(tmp_path / task / "adapter") == adapter(out / task / "adapter")
+
+
+@pytest.fixture(scope="module")
+def kinds_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What one process finds for models of many kinds."""
+    out = tmp_path_factory.mktemp("kinds")
+    return out, on_ranks.kinds(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine.values[0] != "zero2"])
+def test_every_kind_of_model_can_be_sharded(
+    engine: str, kinds_alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, wanted = kinds_alone
+    launch(engine, tmp_path, "kinds")
+    one, two = found(tmp_path, "kinds")
+    assert one == two and one["world"] == 2
+    for name, alone in wanted.items():
+        assert adapter(tmp_path / "kinds" / name) == adapter(out / name), name
+        assert one[name]["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert (one[name]["sharded"] > 0) == (engine in SHARDING)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_base_that_was_never_whole_is_grafted_without_data(tmp_path: Path) -> None:
+    launch("zero3", tmp_path, "partitioned")
+    for rank in found(tmp_path, "partitioned"):
+        assert rank["sharded"] > 0 and rank["held"][0] == rank["held"][1]
+        assert "merge it in a model that is not sharded" in rank["refused"][0]
+        assert "on a base loaded without zero.Init" in rank["refused"][1]
+    assert adapter(tmp_path / "partitioned" / "adapter") == adapter(tmp_path / "partitioned" / "wanted")
 
 
 def flags(world: dict[str, str], out: Path) -> list[str]:  # noqa: F811

@@ -195,6 +195,7 @@ def fit_alpha(
             state.trial = None
     config.alpha = fit.alpha
     state.ready = True
+    state.settle()
     return fit
 
 

@@ -3,7 +3,7 @@
     python benchmarks/extract_7b.py --scale 0.125                                               # 2 x 2.1 GB, to try
     python benchmarks/extract_7b.py --out benchmarks/results/speed/extract_7b.csv               # 2 x 13.5 GB
 
-Writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 9.9 GB as on the Hub, and removes them
+Writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 4.9 GB, and removes them
 afterwards. In every round, one process reads all files of both from the first byte to the last and does nothing else
 (blocks of 8 MB, as one stream, and as one stream a side at the same time: the faster one is the reference), and then
 `peft-graft extract` runs as a process of its own, from its start to its end, imports included. Before each of them, the
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS, WIDTH, INNER, VOCAB = 32, 4096, 11008, 32000
-SHARD = 9.9e9
+SHARD = 4.9e9
 POOL = 1 << 24
 BLOCK = 8 << 20
 

@@ -153,10 +153,12 @@ def build(args: AppArguments) -> gr.Blocks:
         make = gr.Button("Make the demo's donor", visible=not demo_is_made(args), elem_id="make")
         with gr.Accordion("Base, donor and data", open=not demo_is_made(args)):
             with gr.Row():
-                base = gr.Textbox(args.base or "", label="base", placeholder="the demo's")
-                donor = gr.Textbox(args.donor or "", label="donor", placeholder="the demo's")
-                train = gr.Textbox(args.train, label="data for mask and alpha")
-                validation = gr.Textbox(args.validation or "", label="data to measure on", placeholder="the demo's")
+                base = gr.Textbox(args.base or "", label="base", placeholder="the demo's", elem_id="base")
+                donor = gr.Textbox(args.donor or "", label="donor", placeholder="the demo's", elem_id="donor")
+                train = gr.Textbox(args.train, label="data for mask and alpha", elem_id="train")
+                validation = gr.Textbox(
+                    args.validation or "", label="data to measure on", placeholder="the demo's", elem_id="validation"
+                )
             reopen = gr.Button("Open", elem_id="open")
         with gr.Row():
             with gr.Column(scale=2):
@@ -182,12 +184,15 @@ def build(args: AppArguments) -> gr.Blocks:
 
         shown, source = [scores, recovery, where], [base, donor, train, validation]
         opened = {"fn": told(app.open), "inputs": source, "outputs": [text, status, *shown], **alone}
-        named = {"fn": app.budget, "inputs": exponent, "outputs": budget}
-        page.load(**opened).then(**named)
-        reopen.click(**opened).then(**named)
-        made = make.click(told(app.make), outputs=[], **alone).success(**opened)
-        made.then(lambda: gr.update(visible=not demo_is_made(args)), outputs=make).then(**named)
-        exponent.change(**named)
+        known = {
+            "fn": lambda place: (app.budget(place), gr.update(visible=app.explorer is None)),
+            "inputs": exponent,
+            "outputs": [budget, make],
+        }
+        page.load(**opened).then(**known)
+        reopen.click(**opened).then(**known)
+        make.click(told(app.make), outputs=[], **alone).success(**opened).then(**known)
+        exponent.change(app.budget, exponent, budget)
         grafted = graft.click(told(app.graft), [selection, exponent, alpha], shown, **alone)
         grafted.success(told(app.ask), text, answers, **alone)
         curve.click(told(app.curve), [selection, alpha], shown, **alone)

@@ -117,16 +117,16 @@ def _missing() -> str:
 
 
 @pytest.fixture
-def page(world: dict[str, str], tmp_path: Path) -> Iterator[str]:  # noqa: F811
-    """The address of the running demo."""
+def page(tmp_path: Path) -> Iterator[str]:
+    """The address of the running demo, which has no donor yet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {**world, **SMALL, "port": port, "demo_dir": tmp_path / "demo"}
+    options = {**SMALL, "port": port, "demo_dir": tmp_path / "demo"}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     server = subprocess.Popen([sys.executable, str(EXAMPLES / "app.py"), *flags], cwd=tmp_path)
     try:
-        for _ in range(240):
+        for _ in range(1000):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -144,6 +144,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
+    options.page_load_strategy = "eager"
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
@@ -156,7 +157,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(_missing()), reason=f"the page needs a browser: {_missing()}")
-def test_the_page(page: str, browser: Any) -> None:
+def test_the_page(page: str, browser: Any, world: dict[str, str]) -> None:  # noqa: F811
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -165,13 +166,23 @@ def test_the_page(page: str, browser: Any) -> None:
         return browser.find_element(By.ID, name).text
 
     def until(condition: Any) -> None:
-        WebDriverWait(browser, 120).until(lambda _: condition())
+        WebDriverWait(browser, 300).until(lambda _: condition())
 
     def press(name: str) -> None:
         browser.find_element(By.ID, name).click()
 
+    def shown(name: str) -> bool:
+        return any(element.is_displayed() for element in browser.find_elements(By.ID, name))
+
     browser.get(page)
-    until(lambda: browser.find_elements(By.ID, "scores") and "donor" in text("scores"))
+    until(lambda: shown("make") and "There is no donor yet" in text("status"))
+    for name, path in world.items():
+        box = browser.find_element(By.CSS_SELECTOR, f"#{name} textarea, #{name} input")
+        box.clear()
+        box.send_keys(path)
+    press("open")
+    until(lambda: "donor" in text("scores"))
+    until(lambda: not shown("make"))
     assert "graft" not in text("scores")
     until(lambda: "density 0.001:" in text("budget"))
 

@@ -75,7 +75,7 @@ def test_code_runs(
 COMMANDS = [
     line
     for page in PAGES
-    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("peft-graft ")
 ]
@@ -83,7 +83,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
-    build_parser().parse_args(shlex.split(line)[1:])
+    build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 # Errors that are quoted but raised elsewhere.

@@ -21,10 +21,10 @@ from transformers.models.auto import modeling_auto
 from .conversion import ModelView, build_skeleton, read_config
 from .deltas import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
 from .patch import Fingerprint, Patch, TensorPatch
-from .pieces import Pairs
+from .pieces import Pairs, in_order, pool_of
 from .placing import require_room, written_aside
 from .selection import SelectionError, get_rule
-from .sieve import Sieve
+from .sieve import Sieve, Taken
 from .tuner import GraftConfig, GraftModel
 
 _ADAPTER = "default"
@@ -243,12 +243,17 @@ def _take(sieve: Sieve, shelf: _Shelf) -> _Kept:
     packed: dict[str, _Place] = {}
     base: dict[str, _Place] = {}
     entries = 0
-    for taken in sieve.taken():
-        coded = Patch({taken.name: TensorPatch(taken.indices, taken.donor)}).to_tensors()
-        packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}
-        base[taken.name] = shelf.put(taken.base)
-        entries += taken.indices.numel()
+    workers = torch.get_num_threads()
+    with pool_of(workers) as pool:
+        for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers):
+            packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}
+            base[taken.name] = shelf.put(taken.base)
+            entries += taken.indices.numel()
     return _Kept(shelf.get_all(packed), shelf.get_all(base), entries)
+
+
+def _coded(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:
+    return taken, Patch({taken.name: TensorPatch(taken.indices, taken.donor)}).to_tensors()
 
 
 def _complete(peft_model: PeftModel, kept: _Kept, eligible: int, exact: bool) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from io import FileIO
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -19,9 +19,13 @@ from .donors import FLOAT_DTYPES, DonorError, Extent
 # Entries of one read, and of what is handed out.
 BLOCK = 1 << 21
 PIECE = 1 << 20
-# Reads that are done or under way beyond those that are being worked on.
+# Reads that are done or under way beyond those that are being worked on, and reads that the kernel is told of ahead:
+# enough to keep a disk busy while the results are put together.
 _AHEAD = 2
+_ADVISED = 64
 
+A = TypeVar("A")
+B = TypeVar("B")
 T = TypeVar("T")
 
 
@@ -126,29 +130,27 @@ class Pairs:
         """
         threads = torch.get_num_threads()
         workers = workers or threads
-        wanted = sorted(self.sizes) if names is None else names
-        jobs = ((name, start) for name in wanted for start in range(0, self.sizes[name], BLOCK))
+        under_way = workers + _AHEAD
         width = max((_dtype(extents).itemsize for side in self._sides for extents in side.values()), default=0)
-        in_flight = workers + _AHEAD
+        blocks = [
+            (name, start, min(start + BLOCK, self.sizes[name]))
+            for name in (sorted(self.sizes) if names is None else names)
+            for start in range(0, self.sizes[name], BLOCK)
+        ]
         with ExitStack() as stack:
             # One thread a side: both disks, or both ends of one, are busy meanwhile.
-            readers = [stack.enter_context(_Reader(side, BLOCK * width, in_flight)) for side in self._sides]
-            pool = ThreadPoolExecutor(workers)
-            stack.callback(pool.shutdown, cancel_futures=True)
+            readers = [stack.enter_context(_Reader(side, BLOCK * width, under_way)) for side in self._sides]
+            pool = stack.enter_context(pool_of(workers))
             stack.callback(torch.set_num_threads, threads)
             torch.set_num_threads(1)  # pieces are so small that threads within an operation only wait for each other
-            waiting: deque[Future[list[tuple[Where, T]]]] = deque()
 
-            def submit(count: int) -> None:
-                for name, start in islice(jobs, count):
-                    stop = min(start + BLOCK, self.sizes[name])
-                    read = [reader.submit(name, start, stop) for reader in readers]
-                    waiting.append(pool.submit(self._through, work, name, start, read))
+            def read() -> Iterator[tuple[str, int, list[Future[torch.Tensor]]]]:
+                for number, (name, start, stop) in enumerate(blocks):
+                    soon = blocks[number + _ADVISED] if number + _ADVISED < len(blocks) else None
+                    yield name, start, [reader.submit(name, start, stop, soon) for reader in readers]
 
-            submit(in_flight)
-            while waiting:
-                yield from waiting.popleft().result()
-                submit(1)
+            for done in in_order(pool, lambda block: self._through(work, *block), read(), under_way):
+                yield from done
 
     def _through(
         self, work: Callable[[Piece], T], name: str, start: int, read: list[Future[torch.Tensor]]
@@ -184,27 +186,42 @@ class _Reader:
         for file in self._files.values():
             file.close()
 
-    def submit(self, name: str, start: int, stop: int) -> Future[torch.Tensor]:
+    def submit(self, name: str, start: int, stop: int, soon: tuple[str, int, int] | None) -> Future[torch.Tensor]:
+        """Read a block, and have the kernel begin with one that will be read soon."""
         buffer = self._buffers[self._turn % len(self._buffers)]
         self._turn += 1
-        return self._thread.submit(self._read, self._side[name], start, stop, buffer)
+        return self._thread.submit(self._read, self._side[name], start, stop, buffer, soon)
 
-    def _read(self, extents: Sequence[Extent], start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+    def _read(
+        self,
+        extents: Sequence[Extent],
+        start: int,
+        stop: int,
+        buffer: torch.Tensor,
+        soon: tuple[str, int, int] | None,
+    ) -> torch.Tensor:
+        if soon is not None and hasattr(os, "posix_fadvise"):
+            for extent, first, last in _overlaps(self._side[soon[0]], *soon[1:]):
+                width = _dtype([extent]).itemsize
+                where, length = extent.offset + first * width, (last - first) * width
+                os.posix_fadvise(self._open(extent).fileno(), where, length, os.POSIX_FADV_WILLNEED)
         dtype = _dtype(extents)
         values = buffer[: (stop - start) * dtype.itemsize]
-        into, at = memoryview(values.numpy().data), 0
-        for extent in extents:
-            first, last = max(start - at, 0), min(stop - at, _count(extent))
-            if first < last:
-                here = (at + first - start) * dtype.itemsize
-                self._fill(extent, first * dtype.itemsize, into[here : here + (last - first) * dtype.itemsize])
-            at += _count(extent)
+        into, done = memoryview(values.numpy().data), 0
+        for extent, first, last in _overlaps(extents, start, stop):
+            length = (last - first) * dtype.itemsize
+            self._fill(extent, first * dtype.itemsize, into[done : done + length])
+            done += length
         return values.view(dtype)
 
-    def _fill(self, extent: Extent, skip: int, into: memoryview) -> None:
+    def _open(self, extent: Extent) -> FileIO:
         file = self._files.get(extent.path)
         if file is None:
             file = self._files[extent.path] = FileIO(extent.path)
+        return file
+
+    def _fill(self, extent: Extent, skip: int, into: memoryview) -> None:
+        file = self._open(extent)
         file.seek(extent.offset + skip)
         done = 0
         while done < len(into):
@@ -214,6 +231,51 @@ class _Reader:
                     f"{str(extent.path)!r} must stay as it is while it is read, got its end too early. Run it again."
                 )
             done += count
+
+
+def pool_of(workers: int) -> AbstractContextManager[ThreadPoolExecutor]:
+    """Return threads that, when they are no longer needed, drop what has not begun."""
+
+    @contextmanager
+    def managed() -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return managed()
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A], under_way: int) -> Iterator[B]:
+    """Do work on items in threads, and yield the results in the items' order.
+
+    Args:
+        pool: The threads.
+        work: What to do.
+        items: What to do it on; taken one by one, each when the result before the last `under_way` has been used.
+        under_way: How many items may be in work or wait to be used.
+
+    Yields:
+        What `work` returned.
+    """
+    waiting: deque[Future[B]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == under_way:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _overlaps(extents: Sequence[Extent], start: int, stop: int) -> Iterator[tuple[Extent, int, int]]:
+    """The extents that hold entries [start, stop) of their sequence, with the first and the end of them in each."""
+    at = 0
+    for extent in extents:
+        first, last = max(start - at, 0), min(stop - at, _count(extent))
+        if first < last:
+            yield extent, first, last
+        at += _count(extent)
 
 
 def _count(extent: Extent) -> int:

@@ -16,7 +16,7 @@ FLOORS = (
     {"card", "closeness", "compose", "geometry", "localization"},
     {"tuner"},
     {"anatomy", "scoring", "stored"},
-    {"export", "extract", "hub", "training"},
+    {"export", "extract", "hub", "stitching", "training"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -23,6 +23,7 @@ from peft_graft.cli import main
 from peft_graft.cli.commands import COMMANDS
 from peft_graft.cli.main import build_parser
 from peft_graft.closeness import compare
+from peft_graft.compose import COMBINATIONS
 from peft_graft.export import EXPORTS
 from peft_graft.extract import extract
 
@@ -96,6 +97,12 @@ def test_the_forms_of_export_are_those_of_the_library() -> None:
     assert set(to.choices) == EXPORTS.keys()
 
 
+def test_the_combinations_of_stitch_are_those_of_the_library() -> None:
+    stitch = next(a for a in build_parser()._actions if a.choices).choices["stitch"]
+    (combination,) = (action for action in stitch._actions if action.dest == "combination")
+    assert set(combination.choices) == COMBINATIONS.keys()
+
+
 # Commands
 
 
@@ -141,6 +148,18 @@ def test_inspect_and_diff(pair: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, out, err = run(capsys, "diff base donor --json")
     assert (code, err) == (0, "") and json.loads(out)["total"] == compare("base", "donor").total.to_dict()
     assert run(capsys, "diff base donor --by tensor")[1] == compare("base", "donor").to_text(by_tensor=True) + "\n"
+
+
+def test_stitch_says_how_much_is_contested(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("one", 1), ("other", 2)):
+        run(capsys, f"extract base donor --output_dir {name} --density 0.5 --selection random --seed {seed}")
+    code, out, _ = run(capsys, "stitch one other --weights 1 -0.5 --combination mean --output_dir both")
+    counts = {
+        name: json.loads((pair / name / "adapter_config.json").read_text())["entries"] for name in ("one", "both")
+    }
+    contested = 2 * counts["one"] - counts["both"]
+    assert code == 0 and out.startswith(f"both: {counts['both']:,} entries, ")
+    assert out.endswith(f"; {contested:,} are taken by more than one of 2\n")
 
 
 def test_export_says_what_is_left_out(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from .card import WEIGHTS_FILE, fetch_adapter, read_saved
 from .compose import scaled
-from .conversion import ModelView, build_skeleton
+from .conversion import ModelView, build_skeleton, read_config
 from .deltas import CheckpointDonor, resolve_names
 from .donors import Extent
 from .patch import PEFT_PREFIX, Fingerprint, Patch, PatchError, parse_file_key
@@ -67,6 +67,7 @@ class StoredGraft:
         config: The adapter's configuration.
         patch: The patch.
         heads: Tensors stored whole, by their name in the model.
+        labels: How many classes they tell apart, where that can be seen.
         base: The base's directory or Hub id.
         base_revision: Its revision.
         model: The base without its values.
@@ -86,19 +87,34 @@ class StoredGraft:
         revision: str | None = None,
     ) -> None:
         directory = fetch_adapter(adapter, revision)
-        self.config, self.patch, self.heads = _read(directory)
+        self.config, self.patch, self.heads, self.labels = _read(directory)
         if base is None:
             base, base_revision = self.config.base_model_name_or_path, base_revision or self.config.revision
         if base is None:
             raise PatchError("base must be given, got an adapter that does not name one. Pass the base's directory.")
         self.base, self.base_revision = os.fspath(base), base_revision
         files = CheckpointDonor(base, base_revision, role="base")
-        self.model = build_skeleton(base, base_revision, model_type=_model_type(self.config))
+        self.model = self.skeleton()
         self.view = ModelView(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._names = self._locate()
         self._base = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
         Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base, self.base)
+
+    def skeleton(self, labels: int | None = None) -> PreTrainedModel:
+        """Build the base without its values (see `build_skeleton`), maybe for so many classes."""
+        like = read_config(self.base, self.base_revision) if labels else None
+        if like is not None:
+            like.num_labels = labels or 0
+        return build_skeleton(self.base, self.base_revision, like, _model_type(self.config))
+
+    def aliases(self, name: str) -> list[str]:
+        """Return all names that the model has for a patched tensor, which it may tie to others."""
+        return self._aliases[name]
+
+    def base_entries(self, name: str) -> torch.Tensor:
+        """Return the base's values where a tensor is patched, in the dtype in which the base loads."""
+        return self._base[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one of the model's tensors."""
@@ -144,19 +160,15 @@ class StoredGraft:
             part.validate(name, torch.Size(wanted[name]).numel())
         self.view.require_plain(list(wanted))
         prefix = self.model.base_model_prefix
-        return resolve_names(
-            wanted,
-            self.view,
-            prefixes=(prefix,) if prefix else (),
-            aliases={name: holders[id(self._parameters[name])] for name in wanted},
-        )
+        self._aliases = {name: holders[id(self._parameters[name])] for name in wanted}
+        return resolve_names(wanted, self.view, prefixes=(prefix,) if prefix else (), aliases=self._aliases)
 
     def _read_entries(self, name: str) -> torch.Tensor:
         flat = self.view.get(self._names[name]).flatten()[self.patch.tensors[name].indices]
         return flat.to(self._parameters[name].dtype)
 
 
-def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor]]:
+def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor], int | None]:
     saved = read_saved(directory)
     if saved is None or saved.in_training:
         found = "a checkpoint of a mask in training" if saved else "none"
@@ -167,7 +179,7 @@ def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor]]
     with safe_open(weights, framework="pt") as file:
         keys = [key for key in file.keys() if parse_file_key(key) is None]  # noqa: SIM118 - not a mapping
         heads = {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in keys}
-    return GraftConfig.from_pretrained(directory), Patch.load(weights), heads
+    return GraftConfig.from_pretrained(directory), Patch.load(weights), heads, saved.num_labels
 
 
 def _model_type(config: GraftConfig) -> Any:

@@ -150,6 +150,40 @@ def _diff(args: argparse.Namespace) -> None:
     print(_dumps(found.to_dict()) if args.json else found.to_text(by_tensor=args.by == "tensor"))
 
 
+# stitch
+
+
+def _stitch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="directories or Hub ids (id@revision) of grafts")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="the new adapter's directory")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="how far to go towards each; 1 (default) is all the way"
+    )
+    parser.add_argument(
+        "--combination",
+        default="linear",
+        choices=("linear", "mean", "disjoint", "ties"),
+        help="what becomes of an entry that several take: the sum of their deltas (linear, default), their mean, the "
+        "base's own (disjoint), or the mean of the deltas with the majority's sign (ties)",
+    )
+    parser.add_argument("--base", metavar="BASE", help="the base's directory or Hub id; default: as the adapters say")
+    parser.add_argument("--base_revision", metavar="REV", help="branch, tag or commit of a base on the Hub")
+    parser.add_argument("--modules_to_save_from", metavar="ADAPTER", help="whose task head to take, where they differ")
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in DIR")
+
+
+def _stitch(args: argparse.Namespace) -> None:
+    from ..stitching import stitch_adapters
+    from ..tables import size
+
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "traceback")}
+    done = stitch_adapters(**options)
+    print(
+        f"{done.directory}: {done.entries:,} entries, {size(done.nbytes)}; "
+        f"{done.conflicts:,} are taken by more than one of {len(args.adapters)}"
+    )
+
+
 # export
 
 
@@ -291,6 +325,21 @@ COMMANDS: tuple[Command, ...] = (
   peft-graft diff ./base ./donor --by tensor --json > closeness.json""",
         _diff_arguments,
         _diff,
+    ),
+    Command(
+        "stitch",
+        "several adapters of one base -> one that holds all their skills",
+        "Write the adapter that combines others, each taken with its own alpha times its weight. It needs neither "
+        "them nor their donors. The base's files are read where the patches are; no model is loaded.",
+        """\
+  # the sum of two skills, and how often they get in each other's way
+  peft-graft stitch reviews news --output_dir both
+
+  # half of one from the Hub, by majority of signs, with the other one's head
+  peft-graft stitch reviews me/news@v1 --weights 1 0.5 --combination ties \\
+      --modules_to_save_from reviews --output_dir both""",
+        _stitch_arguments,
+        _stitch,
     ),
     Command(
         "export",

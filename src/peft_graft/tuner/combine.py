@@ -37,8 +37,18 @@ def combine(
     adapter_name: str,
     combination_type: str,
     modules_to_save_from: str | None,
+    base: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[GraftConfig, Patch, dict[str, str]]:
     """Stitch the patches of adapters, as they stand in the model (see `GraftModel.add_weighted_adapter`).
+
+    Args:
+        tuner: The model that holds the adapters.
+        adapters: Their names.
+        weights: One for each.
+        adapter_name: Name of the new adapter.
+        combination_type: A row of `COMBINATIONS`.
+        modules_to_save_from: Whose modules to save to take.
+        base: (name, flat indices) -> the base's values, where the model has none; by default the model's.
 
     Returns:
         The new adapter's config, its patch, and whose copy it takes of each module to save, by the module's key.
@@ -61,7 +71,7 @@ def combine(
         for adapter, weight, patch in zip(adapters, weights, patches, strict=True)
     ]
     require_float(tuner._layers(), "combined")
-    base = _base(tuner, adapters)
+    base = base or _base(tuner, adapters)
     patch = stitch(patches, scaled, combination_type, base=base)
     if not patch.num_params:
         raise ValueError(

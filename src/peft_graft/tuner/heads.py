@@ -178,8 +178,10 @@ def copy_heads(model: nn.Module, adapter_name: str, sources: Mapping[str, str]) 
     for key, module in model.named_modules():
         if key not in sources or not isinstance(module, ModulesToSaveWrapper):
             continue
-        source = sources[key]
-        module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        source, copy = sources[key], module.modules_to_save[adapter_name]
+        # What has no values yet (meta device) cannot be copied to.
+        is_empty = any(parameter.is_meta for parameter in copy.parameters())
+        copy.load_state_dict(module.modules_to_save[source].state_dict(), assign=is_empty)
         if isinstance(module, DonorHead) and source in module.frozen:
             module.frozen[adapter_name] = module.frozen[source]
             module.freeze()

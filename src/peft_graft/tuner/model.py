@@ -278,11 +278,19 @@ class GraftModel(PatchMaker, BaseTuner):
             ValueError: One message for all arguments that are wrong; or no entry is left.
             PatchError: A combined value overflows the base's dtype.
         """
-        config, patch, heads = combine(self, adapters, weights, adapter_name, combination_type, modules_to_save_from)
+        made = combine(self, adapters, weights, adapter_name, combination_type, modules_to_save_from)
+        self.adopt(adapter_name, *made)
+
+    def adopt(self, adapter_name: str, config: GraftConfig, patch: Patch, heads: dict[str, str]) -> None:
+        """Add an adapter with a patch that was made elsewhere, and other adapters' modules to save, by their keys."""
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
-        self._remap_adapter_state_dict_for_load(self, self.peft_config[adapter_name], adapter_name, patch.to_tensors())
+        self.fill(adapter_name, patch)
         copy_heads(self.model, adapter_name, heads)
+
+    def fill(self, adapter_name: str, patch: Patch) -> None:
+        """Give an adapter that is still empty its patch."""
+        self._remap_adapter_state_dict_for_load(self, self.peft_config[adapter_name], adapter_name, patch.to_tensors())
 
     # Host contract
 

@@ -3,6 +3,7 @@
     python benchmarks/density_report.py --csv out/*.csv --task "SST-2 on MiniLM" --picture docs/density_recovery
 
 prints a markdown table (mean over seeds; the spread is the standard deviation) and writes one picture per optimizer.
+With one donor's file, `--card DIR` draws its curve into the card of an adapter that `examples/graft.py` made of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from peft_graft.hub import write_card
 from peft_graft.plots import density_recovery
 
 ORDER = ("learned", "magnitude", "path_taylor", "sigmoid", "random")
@@ -91,27 +94,31 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def curve(rows: Rows, optimizer: str, title: str) -> dict[str, Any]:
+    """Accuracy by density of one optimizer's donors, as `peft_graft.plots.density_recovery` takes it."""
+    ends = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
+    found = {key[1:]: value for key, value in groups(rows).items() if key[0] == optimizer}
+    densities = sorted({density for density, _, _ in found})
+    curves: dict[str, dict[str, list[float]]] = {}
+    for rule in ORDER:
+        for mode in ("1", "auto"):
+            if any((density, rule, mode) in found for density in densities):
+                curves.setdefault(rule, {})[mode] = [
+                    mean(found[density, rule, mode], "accuracy") if (density, rule, mode) in found else float("nan")
+                    for density in densities
+                ]
+    base, donor = mean(ends, "base_accuracy"), mean(ends, "accuracy")
+    return {"densities": densities, "curves": curves, "base": base, "donor": donor, "title": title}
+
+
 def pictures(rows: Rows, stem: Path, task: str) -> list[Path]:
     """One picture per optimizer: accuracy by density."""
     written = []
     for optimizer in sorted({row["optimizer"] for row in rows}):
-        ends = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
-        found = {key[1:]: value for key, value in groups(rows).items() if key[0] == optimizer}
-        densities = sorted({density for density, _, _ in found})
-        curves: dict[str, dict[str, list[float]]] = {}
-        for rule in ORDER:
-            for mode in ("1", "auto"):
-                if any((density, rule, mode) in found for density in densities):
-                    curves.setdefault(rule, {})[mode] = [
-                        mean(found[density, rule, mode], "accuracy") if (density, rule, mode) in found else float("nan")
-                        for density in densities
-                    ]
-        title = f"{optimizer} donors{task and ', '}{task}, mean of {len(ends)} seeds"
-        figure = density_recovery(
-            densities, curves, base=mean(ends, "base_accuracy"), donor=mean(ends, "accuracy"), title=title
-        )
+        seeds = sum(row["optimizer"] == optimizer and row["rule"] == "donor" for row in rows)
+        title = f"{optimizer} donors{task and ', '}{task}, mean of {seeds} seeds"
         path = stem.with_name(f"{stem.name}_{optimizer}.png")
-        figure.savefig(path)
+        density_recovery(**curve(rows, optimizer, title)).savefig(path)
         written.append(path)
     return written
 
@@ -124,12 +131,15 @@ def main() -> None:
     )
     parser.add_argument("--picture", type=Path, help="path and start of the name of the pictures")
     parser.add_argument("--task", default="", help="what to call the task in the pictures")
+    parser.add_argument("--card", type=Path, metavar="DIR", help="an adapter's directory, with its metrics.json")
     args = parser.parse_args()
     args.csv = args.csv or sorted(Path("benchmarks/out").glob("*.csv"))
     if not args.csv:
         parser.error("--csv must name at least one file, got none. Run density_recovery.py first.")
     rows = read(args.csv)
     print(table(rows))
+    if args.card:
+        write_card(args.card, args.card / "metrics.json", recovery=curve(rows, rows[0]["optimizer"], args.task))
     if args.picture:
         for path in pictures(rows, args.picture, args.task):
             print(f"\nwrote {path}")

@@ -163,6 +163,7 @@ def rows(rounds: list[dict[str, dict[str, float]]], nbytes: int, args: argparse.
     made = []
     for name in rounds[0]:
         row: dict[str, Any] = {"what": name, "GB": round(nbytes / 1e9, 2), "cache": "warm" if args.warm else "cold"}
+        row |= {"adapter_bytes": args.adapter_bytes} if name == "extract" else {}
         columns = {key: [one[name][key] for one in rounds] for key in rounds[0][name]}
         references = [min(one[way]["seconds"] for way in one if way.startswith("read")) for one in rounds]
         columns["share_of_reading_speed"] = [r / s for r, s in zip(references, columns["seconds"], strict=True)]
@@ -221,7 +222,9 @@ def main() -> None:
             raise SystemExit(f"{directory} must hold a pair of this scale, got {nbytes} bytes. Remove it.")
         if args.warm:
             read(weights(directory))
-        made = rows([one_round(directory, args) for _ in range(args.rounds)], nbytes, args)
+        rounds = [one_round(directory, args) for _ in range(args.rounds)]
+        args.adapter_bytes = (directory / "out" / "adapter_model.safetensors").stat().st_size
+        made = rows(rounds, nbytes, args)
     finally:
         if not args.keep:
             shutil.rmtree(directory, ignore_errors=True)

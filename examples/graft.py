@@ -93,6 +93,9 @@ class GraftArguments:
         metadata={"help": "Checkpoint of an interrupted run (in <output_dir>/checkpoints), or 'last' of them, if any."},
     )
     save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every so many steps; 0 for none."})
+    data_name: str | None = field(
+        default=None, metadata={"help": "What the card calls the data, such as SST-2; default: the names of the files."}
+    )
     output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
 
 
@@ -101,6 +104,11 @@ def batches(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 64
     collate = tasks.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
     return [dict(collate([encoded[row] for row in order[i : i + size]])) for i in range(0, len(order), size)]
+
+
+def named(source: str, args: GraftArguments) -> str:
+    """What the card calls a file of rows."""
+    return f"{args.data_name} ({Path(source).name})" if args.data_name else source
 
 
 def fit(
@@ -280,7 +288,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
         "bytes": sum((out / name).stat().st_size for name in ADAPTER_FILES) if state.is_main_process else None,
         "seconds": round(seconds, 2),
         "labels": names,
-        "data": {"train": args.train, "validation": args.validation or args.train},
+        "data": {"train": named(args.train, args), "validation": named(args.validation or args.train, args)},
         "rows": {"train": len(train), "calibration": len(calibration), "validation": len(test)},
         "arguments": asdict(args),
         "versions": {name: version(name) for name in ("peft-graft", "torch", "transformers", "peft", "accelerate")},

@@ -18,8 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from grafts import MLP, assert_same, graft, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_mixtral
 from peft_graft import GraftConfig
-from peft_graft.tuner import writing
+from peft_graft.tuner import running, writing
 from peft_graft.tuner.kernels import is_simple
+from peft_graft.tuner.running import calling
 from peft_graft.tuner.writing import Hold, can_write, is_held, own_copy, own_entries, patched_copy, written
 
 WIDE = 192  # 192 x 192 entries: wide enough to be patched in place
@@ -298,6 +299,52 @@ def test_generating_writes_the_patch_once() -> None:
     assert counts[0] == counts[1] > 0
     assert not writing._covers
     assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_without_a_task_type_the_patch_is_written_with_the_first_two_tokens() -> None:
+    base = tiny_gpt2()
+    model = graft(base, perturbed(base, scale=0.3), density=0.2, target_modules="all").eval()
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    counts = []
+    for tokens in (2, 7):
+        with CountWrites() as writes:
+            found = generated(model, tokens)
+        assert all(torch.equal(one, other) for one, other in zip(found, generated(merged, tokens), strict=True))
+        counts.append(writes.count)
+    assert counts[0] == counts[1] > 0
+    assert not writing._covers and not running._calls.stack
+
+
+def test_a_call_that_fails_leaves_nothing() -> None:
+    base, model = language_model()
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("wanted")
+
+    with pytest.raises(KeyError, match="wanted"):
+        generated(model, 3, logits_processor=[fail])
+    assert not writing._covers and not running._calls.stack
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_gradients_flow_inside_of_a_call() -> None:
+    base = MLP()
+    model = graft(base, perturbed(base), density=0.5, selection="learned")
+    x = torch.randn(5, 4)
+    with calling(model.base_model.states):
+        with torch.no_grad():
+            kept = [model.base_model.model(x) for _ in range(3)]
+        out = model.base_model.model(x)
+        out.sum().backward()
+    assert all(torch.equal(one, out) for one in kept)
+    inside = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+    model(x).sum().backward()
+    assert inside and all(
+        torch.equal(one, parameter.grad)
+        for one, parameter in zip(inside, (p for p in model.parameters() if p.requires_grad), strict=True)
+    )
 
 
 def test_what_is_switched_while_generating_is_switched() -> None:

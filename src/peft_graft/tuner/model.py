@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from .mixed import rows_of
 from .offload import identity, own_names, require_memory
 from .publishing import keep_card, watch_trainers
 from .quantized import GraftQuantizedLinear, find_backend, require_float
+from .running import calling
 from .sharding import gather_with, is_partitionable
 from .sidecar import SIDECAR, Sidecar
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
@@ -311,7 +312,7 @@ class GraftModel(PatchMaker, BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         self._start_forward()
-        with nullcontext() if names is None else rows_of(self.model, list(self._layers()), names):
+        with calling(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
             yield
 
     def _start_forward(self) -> None:
@@ -329,11 +330,7 @@ class GraftModel(PatchMaker, BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the patches in place all the while, instead of writing them anew for every token."""
-        with ExitStack() as held:
-            with torch.no_grad():
-                for layer in self._layers():
-                    if layer.can_hold():
-                        held.enter_context(layer.patched())
+        with calling(self.states, self._layers()):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:

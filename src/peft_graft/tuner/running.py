@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,44 @@ from .writing import Hold, any_held, can_write, is_traced, own_copy, patched_cop
 
 if TYPE_CHECKING:
     from .mask import GraftState, Slot
+
+
+class _Call:
+    """A call of a whole model in one thread: what runs in it again and again may keep its patch until the end."""
+
+    def __init__(self, states: Any, exits: ExitStack) -> None:
+        self.states, self.exits = states, exits  # the states tell the model
+        self.kept: dict[Any, list[str] | None] = {}  # by layer: None once it has run, then whose patches it keeps
+
+
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def calling(states: Any, layers: Iterable[PatchedRun] = ()) -> Iterator[None]:
+    """Let patches stay in place until a model's call ends, instead of being written anew for every token of a text.
+
+    Args:
+        states: The states that the model's layers share.
+        layers: Layers that will surely run more than once; others keep their patches from the second time on.
+    """
+    if is_traced():
+        yield
+        return
+    with ExitStack() as exits:
+        call = _Call(states, exits)
+        _calls.stack.append(call)
+        try:
+            for layer in layers:
+                layer.keep(call)
+            yield
+        finally:
+            _calls.stack.pop()
 
 
 class PatchedRun:
@@ -80,6 +119,26 @@ class PatchedRun:
         free = all(can_write(parameter) and not is_sharded(parameter) for parameter in parameters)
         return free and is_simple(self.get_base_layer()) and self.rows is None and not self.disable_adapters
 
+    def keep(self, call: _Call) -> None:
+        """Patch until the end of a call, where that is possible."""
+        if not self.can_hold():
+            return
+        with ExitStack() as undo, torch.no_grad():
+            if undo.enter_context(self.patched()) is self.get_base_layer():  # and not a copy, which takes memory
+                call.kept[self] = [*self.active_adapters]
+                call.exits.push(undo.pop_all())
+
+    def _is_kept(self) -> bool:
+        """Whether the wrapped module has the patches of the active adapters on it until the end of the call."""
+        call = _calls.stack[-1] if _calls.stack else None
+        if call is None or call.states is not self.states or self.disable_adapters or torch.is_grad_enabled():
+            return False
+        if self not in call.kept:
+            call.kept[self] = None
+        elif call.kept[self] is None:
+            self.keep(call)
+        return call.kept[self] == self.active_adapters
+
     @contextmanager
     def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
         """The wrapped module, with parameters patched by these adapters; None for the active ones.
@@ -127,6 +186,8 @@ class PatchedRun:
                 lambda name, *own, **named: self._run([name], own, named),
                 self.rows, args, kwargs, self.tensor_prefix, self._patches,
             )  # fmt: skip
+        if not is_traced() and self._is_kept():
+            return self.get_base_layer()(*args, **kwargs)
         return self._run([] if self.disable_adapters else None, args, kwargs)
 
     def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,98 @@
+"""How many bytes an entry takes in an adapter's file, all in, beside the entropy bound and stock SHiRA.
+
+    python benchmarks/bytes_per_entry.py --out benchmarks/results/size/bytes_per_entry.csv
+
+The model has the shapes of GPT-2 small (124M parameters), in bfloat16. Entries are taken at random, so their positions
+cannot be foreseen and no code can be shorter than `bound`: the entropy of an entry's position, (log2(1/d) + 1.44) / 8
+bytes, and the 2 bytes of its value. `bytes` is the size of `adapter_model.safetensors`, header and all; `targets` says
+which modules may be patched: all but the embeddings (the default), or all. SHiRA is what `peft-graft export --to shira`
+makes of an adapter, which pads every layer to r(m + n) entries; it is divided by the entries it carries.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+
+import timing
+from peft_graft import GraftConfig
+from peft_graft.anatomy import read_anatomy
+from peft_graft.export import export
+from peft_graft.extract import extract
+
+DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
+FILE = "adapter_model.safetensors"
+
+
+def bound(density: float) -> float:
+    """Bytes of an entry whose position is random: index and value."""
+    return (log2(1 / density) + 1.44) / 8 + 2
+
+
+def row(name: str, adapter: Path, targets: str, density: float) -> dict[str, Any]:
+    """What an adapter's file is made of."""
+    found = read_anatomy(adapter)
+    size = (adapter / FILE).stat().st_size
+    parts = {part: f"{count / found.entries:.4f}" for part, count in found.nbytes.items()}
+    limits = {"bound": f"{bound(density):.4f}", "over_bound": f"{size / found.entries / bound(density):.4f}"}
+    about = {
+        "model": name,
+        "targets": targets,
+        "density": density,
+        "entries": found.entries,
+        "bytes": size,
+        "tensors": found.tensors,
+    }
+    return about | {"bytes_per_entry": f"{size / found.entries:.4f}"} | limits | parts
+
+
+def gpt2(args: Any, folder: Path) -> list[dict[str, Any]]:
+    """Measure a model of 124M parameters."""
+    base = GPT2Model(GPT2Config()).to(torch.bfloat16)
+    donor = timing.donor_of(base)
+    rows = []
+    for targets in (None, "all"):
+        for density in DENSITIES:
+            config = GraftConfig(
+                donor=donor, density=density, selection="random", target_modules=targets, seed=args.seed
+            )
+            model = get_peft_model(base, config)
+            model.save_pretrained(folder / "adapter")
+            model.unload()
+            rows.append(row("gpt2", folder / "adapter", targets or "default", density))
+    return rows
+
+
+def shira(args: Any, folder: Path) -> dict[str, Any]:
+    """Measure what stock SHiRA takes for the same entries, on a model of Linear layers."""
+    sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+    base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=8)).to(torch.bfloat16)
+    base.save_pretrained(folder / "base")
+    timing.donor_of(base).save_pretrained(folder / "donor")
+    config = GraftConfig(donor=folder / "donor", density=1e-3, selection="random")
+    extract(folder / "base", config, folder / "skill")
+    done = export(folder / "skill", "shira", folder / "shira")
+    ours = row("llama", folder / "skill", "default", 1e-3)
+    theirs = (folder / "shira" / FILE).stat().st_size
+    return ours | {"shira_bytes_per_entry": f"{theirs / done.carried:.4f}"}
+
+
+def main() -> None:
+    """Write adapters, and a row for each."""
+    parser = timing.parser(__doc__, rounds=1)
+    args = parser.parse_args()
+    args.dtype = "bfloat16"
+    timing.start(args)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [*gpt2(args, Path(folder)), shira(args, Path(folder))]
+    timing.write_csv(args.out, [each | timing.facts(args) for each in rows])
+
+
+if __name__ == "__main__":
+    main()

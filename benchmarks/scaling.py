@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import timing
 from peft_graft import GraftConfig
+from peft_graft.sieve import HELD_AT_ONCE
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {768: 2048, 2048: 5632, 4096: 11008}  # hidden size -> inner size; heads of 128 entries
@@ -31,8 +32,8 @@ CANDIDATES = 1e-3
 # What a candidate's gradient costs beside an entry's in a dense product (tuner/kernels.py, float32 on a CPU).
 SAMPLED = 0.07 / 0.0094
 HEADER = 240  # bytes that the header of the file has for a patched tensor, with names of usual length
-# What an extraction takes besides reading, measured at the smallest size: its start.
-START = 5.0
+# Seconds of an extraction in which Python imports torch and transformers.
+START = 3.4
 
 
 # Laws: n entries that may be patched, k entries taken, c candidates, b bytes of an entry in the files, v of a value
@@ -188,15 +189,20 @@ def extrapolate(args: argparse.Namespace) -> None:
     """Draw the laws out to models that do not fit here."""
     body, speed = [], args.gpus * args.tflops * 1e12
     for name, n, tensors in (("7B", 6.5e9, 291), ("70B", 68.5e9, 723), ("400B", 402e9, 1137)):
-        for density in (1e-4, 1e-3):
+        for density in (1e-5, 1e-4, 1e-3):
             k, c = density * n, 10 * density * n
-            seconds = extract_seconds(n, 2, args.disk * 1e9, args.cpu * 1e9, passes=1 if k <= 2**25 else 3)
+            seconds = extract_seconds(n, 2, args.disk * 1e9, args.cpu * 1e9, passes=1 if k <= HELD_AT_ONCE else 3)
             # Base, logits and their optimizer's state are shared by the GPUs, indices and values are not.
             each = (2 * n + 16 * c) / args.gpus + mask_bytes(c) - 16 * c
             # A GPU has no sampled product: it gathers below 1 / 7000, else it computes whole gradients.
             flops = step_flops(n, c, args.tokens, sampled=7000)
             row = [name, f"{density:g}", size(adapter_bytes(n, k, tensors)), size(4 * n), f"{seconds / 60:.1f} min"]
-            row += [size(35 * min(k, 2**25)), size(each), size(4 * c), f"{flops / speed:.2f} s"]
+            row += [
+                size(0.6e9 + 60 * k if k <= HELD_AT_ONCE else 1.1e9),
+                size(each),
+                size(4 * c),
+                f"{flops / speed:.2f} s",
+            ]
             body.append([*row, f"{full_flops(n, args.tokens) / speed:.2f} s"])
     head = ["model", "density", "adapter", "files to read", "extract", "its memory", "each GPU holds"]
     head += ["gradient to reduce", "mask step", "full step"]

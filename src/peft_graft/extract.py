@@ -69,8 +69,8 @@ def extract(
 ) -> Extraction:
     """Write the adapter that `get_peft_model(base, config).save_pretrained(output_dir)` would, from files alone.
 
-    The files are read piece by piece, so memory grows with the patch, not with the models: about 35 bytes for each
-    entry of the patch up to 2**25 entries, and beyond that with the entries taken from the largest tensor.
+    The files are read piece by piece, so memory grows with the patch, not with the models: about 60 bytes for each
+    entry of the patch up to 21 million entries, and beyond that with the entries taken from the largest tensor.
 
     Args:
         base: Directory or Hub id of a safetensors checkpoint with its config.json.

@@ -15,8 +15,8 @@ from .pieces import Pairs, Piece
 from .selection import RULES, Evidence, Granularity, Rule, Units, generator_of, no_entry_in_any_tensor, resolve_budget
 from .topk import TopK, find_threshold, places
 
-# Up to this many entries are chosen in one pass, of which twice as many may be held at 16 bytes or more: about 1 GB.
-HELD_AT_ONCE = 1 << 25
+# Up to this many entries are chosen in one pass, of which twice as many may be held: then the process takes 1.8 GB.
+HELD_AT_ONCE = 5 << 22
 
 
 class Taken(NamedTuple):

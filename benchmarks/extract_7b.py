@@ -2,6 +2,7 @@
 
     python benchmarks/extract_7b.py --scale 0.125                                               # 2 x 2.1 GB, to try
     python benchmarks/extract_7b.py --out benchmarks/results/speed/extract_7b.csv               # 2 x 13.5 GB
+    python benchmarks/extract_7b.py --scale 0.25 --exact --differ 0.1                           # a donor of RL
 
 Writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 4.9 GB, and removes them
 afterwards. In every round, one process reads all files of both from the first byte to the last and does nothing else
@@ -47,8 +48,11 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCAB, WIDTH)}
 
 
-def write_pair(directory: Path, layers: int, seed: int) -> None:
-    """Write `base` and `donor`: weights ~ N(0, 0.02), deltas with a heavy tail, both cut from pools of numbers."""
+def write_pair(directory: Path, layers: int, seed: int, differ: float) -> None:
+    """Write `base` and `donor`: weights ~ N(0, 0.02), deltas with a heavy tail, both cut from pools of numbers.
+
+    Where only a share of the entries is to differ, all of these deltas are too large to be rounded away.
+    """
     # In a process of its own: a process that starts others hands its peak of memory on to them.
     import torch
     from safetensors.torch import save_file
@@ -61,6 +65,8 @@ def write_pair(directory: Path, layers: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = (torch.randn(POOL, generator=generator) * 0.02).bfloat16()
     deltas = torch.randn(POOL, generator=generator).pow(3) * 1e-4
+    if differ < 1:
+        deltas = torch.where(torch.rand(POOL, generator=generator) < differ, deltas.sign() * 1e-2, 0.0)
 
     def tensor(number: int, shape: tuple[int, ...], donor: bool) -> torch.Tensor:
         generator = torch.Generator().manual_seed(number)
@@ -174,7 +180,8 @@ def rows(rounds: list[dict[str, dict[str, float]]], nbytes: int, args: argparse.
             for part, value in (("median", middle), ("q1", low), ("q3", high)):
                 row[f"{label}_{part}"] = round(value * scale, digits)
         row |= {
-            "rounds": len(rounds), "budget": " ".join(args.budget), "layers": args.layers, "cores": os.cpu_count(),
+            "rounds": len(rounds), "budget": " ".join(args.budget), "differ": args.differ, "layers": args.layers,
+            "cores": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1), "processor": processor(), "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "peft")},
         }  # fmt: skip
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch in extract; default: its own")
     parser.add_argument("--density", default="1e-3")
     parser.add_argument("--exact", action="store_true", help="measure --exact instead of a density")
+    parser.add_argument("--differ", type=float, default=1.0, help="share of the donor's entries that differ")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--keep", action="store_true", help="leave the files for another run, which then takes them")
     parser.add_argument("--write_only", action="store_true", help="write the files and stop")
@@ -208,7 +216,7 @@ def main() -> None:
     args.budget = ["--exact"] if args.exact else ["--density", args.density]
     directory = args.directory.resolve()
     if args.write_only:
-        write_pair(directory, args.layers, args.seed)
+        write_pair(directory, args.layers, args.seed, args.differ)
         return
     needed = 2 * sum(2 * math.prod(shape) for shape in shapes(args.layers).values())
     free = shutil.disk_usage(directory.parent).free

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,11 @@ def encode_indices(indices: torch.Tensor) -> torch.Tensor:
     if flat.size == 0 or flat[-1] - flat[0] == flat.size - 1:
         start = flat[:1] if flat.size else np.zeros(1, np.int64)
         return _tagged(_RUN, _varints(start).tobytes())
-    gaps = np.diff(flat, prepend=-1) - 1
-    rice, deflated = _encode_rice(gaps), zlib.compress(_varints(gaps).tobytes())
+    gaps = np.empty_like(flat)
+    gaps[0] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=gaps[1:])
+    gaps[1:] -= 1
+    rice, deflated = _encode_rice(gaps), _deflate(gaps)
     return _tagged(_VARINT, deflated) if len(deflated) < len(rice) else _tagged(_RICE, rice)
 
 
@@ -197,20 +200,37 @@ def _decode_deflated(payload: Bytes, count: int, numel: int, where: str) -> Inte
     return _from_gaps(_read_varints(np.frombuffer(coded, np.uint8), count, _width(numel), where), numel, where)
 
 
+def _deflate(gaps: Integers) -> bytes:
+    """Code gaps as deflated varints."""
+    compressor = zlib.compressobj()
+    parts = [compressor.compress(_varints(block).tobytes()) for _, block in _blocks(gaps)]
+    return b"".join([*parts, compressor.flush()])
+
+
+def _blocks(numbers: Integers) -> Iterator[tuple[int, Integers]]:
+    """Blocks of numbers with their starts: what is computed of one takes a few times its own memory."""
+    return ((start, numbers[start : start + _CHUNK]) for start in range(0, numbers.size, _CHUNK))
+
+
 def _encode_rice(gaps: Integers) -> bytes:
     """Code gaps as g = q * 2**r + remainder (Golomb 1966, Rice 1979): r bit planes of remainders, then unary q."""
 
     def cost(r: int) -> int:
-        return r * gaps.size + int((gaps >> r).sum())
+        return r * gaps.size + sum(int((block >> r).sum()) for _, block in _blocks(gaps))
 
     # The cost is convex in r, and least at or below log2 of the mean gap, rounded up, plus one.
     r = int(gaps.mean()).bit_length() + 1
     while r and cost(r - 1) <= cost(r):
         r -= 1
     bits = np.zeros(cost(r) + gaps.size, np.uint8)
-    for k in range(r):
-        bits[k * gaps.size : (k + 1) * gaps.size] = gaps >> k & 1
-    bits[r * gaps.size + np.cumsum((gaps >> r) + 1) - 1] = 1
+    end = r * gaps.size - 1
+    for start, block in _blocks(gaps):
+        for k in range(r):
+            first = k * gaps.size + start
+            bits[first : first + block.size] = block >> k & 1
+        ends = np.cumsum((block >> r) + 1) + end
+        bits[ends] = 1
+        end = int(ends[-1])
     return bytes([r]) + np.packbits(bits).tobytes()
 
 

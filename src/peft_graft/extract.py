@@ -28,6 +28,8 @@ from .sieve import Sieve, Taken
 from .tuner import GraftConfig, GraftModel
 
 _ADAPTER = "default"
+# Entries that are coded at the same time, at some 50 bytes each.
+_ROOM = 1 << 22
 _Place = tuple[int, torch.dtype, torch.Size]  # offset in a file, and what stands there
 _TASKS = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -245,11 +247,15 @@ def _take(sieve: Sieve, shelf: _Shelf) -> _Kept:
     entries = 0
     workers = torch.get_num_threads()
     with pool_of(workers) as pool:
-        for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers):
+        for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers, _entries, _ROOM):
             packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}
             base[taken.name] = shelf.put(taken.base)
             entries += taken.indices.numel()
     return _Kept(shelf.get_all(packed), shelf.get_all(base), entries)
+
+
+def _entries(taken: Taken) -> int:
+    return taken.indices.numel()
 
 
 def _coded(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:

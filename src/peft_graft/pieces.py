@@ -247,25 +247,39 @@ def pool_of(workers: int) -> AbstractContextManager[ThreadPoolExecutor]:
     return managed()
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A], under_way: int) -> Iterator[B]:
+def in_order(
+    pool: ThreadPoolExecutor,
+    work: Callable[[A], B],
+    items: Iterable[A],
+    under_way: int,
+    size: Callable[[A], int] = lambda item: 0,
+    room: int = 0,
+) -> Iterator[B]:
     """Do work on items in threads, and yield the results in the items' order.
 
     Args:
         pool: The threads.
         work: What to do.
-        items: What to do it on; taken one by one, each when the result before the last `under_way` has been used.
-        under_way: How many items may be in work or wait to be used.
+        items: What to do it on; taken one by one, each when there is place and room for it.
+        under_way: How many items may be in work or wait to be used, with the next one.
+        size: How much room an item takes.
+        room: How much room there is for items in work or waiting, before the next one; a single one may take more.
 
     Yields:
         What `work` returned.
     """
-    waiting: deque[Future[B]] = deque()
+    waiting: deque[tuple[Future[B], int]] = deque()
+    taken = 0
     for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) == under_way:
-            yield waiting.popleft().result()
+        waiting.append((pool.submit(work, item), size(item)))
+        taken += waiting[-1][1]
+        del item  # so that nothing but the work holds on to it while the next one is made
+        while len(waiting) == under_way or (len(waiting) > 1 and taken > room):
+            future, freed = waiting.popleft()
+            taken -= freed
+            yield future.result()
     while waiting:
-        yield waiting.popleft().result()
+        yield waiting.popleft()[0].result()
 
 
 def _overlaps(extents: Sequence[Extent], start: int, stop: int) -> Iterator[tuple[Extent, int, int]]:

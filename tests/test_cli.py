@@ -193,6 +193,9 @@ def test_export_says_what_is_left_out(pair: Path, capsys: pytest.CaptureFixture[
         ("inspect nobody/nothing", "adapter must be a directory, or a Hub id"),
         ("diff base nowhere", "donor must be a directory, or a Hub id"),
         ("export base --to lora --output_dir out", "adapter must be a finished graft"),
+        ("export ./nowhere --to lora --output_dir out", "adapter must be a directory, or a Hub id, got './nowhere'"),
+        ("stitch base base --output_dir out", "adapter_config.json and adapter_model.safetensors, got none in 'base'"),
+        ("inspect ./nowhere", "adapter must be a directory, or a Hub id, got './nowhere'"),
         ("push base me/skill", "directory must hold a saved graft"),
     ],
 )

@@ -126,6 +126,14 @@ def test_a_head_is_chosen(labels: tuple[int, int], tmp_path: Path) -> None:
     assert PeftModel.from_pretrained(base, tmp_path / "both")(torch.tensor([[1, 2]])).logits.shape == (1, labels[1])
 
 
+def test_a_head_is_chosen_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_heads(tmp_path, (2, 2))
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(("./news", "news", tmp_path / "reviews" / ".." / "news")):
+        stitch_adapters(["reviews/", "news/"], f"both_{number}", modules_to_save_from=path)
+        assert_same_adapter(tmp_path / "both_0", tmp_path / f"both_{number}")
+
+
 def test_equal_heads_need_no_choice(tmp_path: Path) -> None:
     with_heads(tmp_path, (2, 2))
     stitch_adapters([tmp_path / "news", tmp_path / "news"], tmp_path / "twice", combination="mean")
@@ -170,12 +178,32 @@ def test_a_copy_of_the_base_will_do(tmp_path: Path) -> None:
     assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
 
 
+def test_a_wrong_base_is_refused_by_the_name_of_the_right_one(tmp_path: Path) -> None:
+    make(tmp_path)
+    adapters = [tmp_path / name for name in NAMES]
+    with pytest.raises(PatchError, match=f"Load '{tmp_path / 'base'}'"):
+        stitch_adapters(adapters, tmp_path / "both", base=tmp_path / "donor_news")
+
+
+def test_a_base_that_is_gone_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path())
+    monkeypatch.chdir(tmp_path / "donor_news")  # from here, the path that the adapters hold leads nowhere
+    with pytest.raises(DonorError, match="the base that the adapter names; give yours as base"):
+        stitch_adapters([tmp_path / name for name in NAMES], tmp_path / "both")
+
+
 def test_all_wrong_arguments_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         stitch_adapters(
             ["a", "b"], tmp_path / "out", weights=[float("nan")], combination="sum", modules_to_save_from="c"
         )
-    for words in ("combination type must be one of", "got 1", "finite", "modules_to_save_from must be"):
+    for words in (
+        "combination type must be one of",
+        "got 1",
+        "finite",
+        "modules_to_save_from must be one of the adapters, got 'c'. Choose",
+    ):
         assert words in str(told.value)
     with pytest.raises(ValueError, match="at least one"):
         stitch_adapters([], tmp_path / "out")

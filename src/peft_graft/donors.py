@@ -104,7 +104,7 @@ class CheckpointDonor:
         elif path.is_file():
             main = path
         elif isinstance(source, os.PathLike) or path.is_absolute() or self.name.startswith("."):
-            raise DonorError(f"{role} must be an existing directory or file, got {self.name!r}.")
+            raise DonorError(f"{role} must be an existing directory or file, got {self.name!r}. Check the path.")
         else:
             main = _find_on_hub(self.name, revision, role)
             # The cache keeps files under snapshots/<commit>/: every shard must come from the commit of the first file.

@@ -81,14 +81,15 @@ def stitch_adapters(
     problems = list(stitch_problems(len(given), weights, combination))
     if not given:
         problems.append("adapters must be at least one, got none. Give directories or Hub ids.")
-    if modules_to_save_from is not None and os.fspath(modules_to_save_from) not in given:
-        problems.append(f"modules_to_save_from must be one of the adapters, got {os.fspath(modules_to_save_from)!r}.")
+    wanted = None if modules_to_save_from is None else os.fspath(modules_to_save_from)
+    if wanted is not None and _place(wanted) not in map(_place, given):
+        problems.append(f"modules_to_save_from must be one of the adapters, got {wanted!r}. Choose from {given}.")
     if problems:
         raise ValueError(" ".join(problems))
     grafts = dict(zip(_names(given), [_open(each, base, base_revision) for each in given], strict=True))
     _require_one_base(grafts)
-    names = dict(zip(given, grafts, strict=True))
-    chosen = None if modules_to_save_from is None else names[os.fspath(modules_to_save_from)]
+    names = dict(zip(map(_place, given), grafts, strict=True))
+    chosen = None if wanted is None else names[_place(wanted)]
     source = _head_source(grafts, chosen)
     model = _together(grafts, source)
     tuner: GraftModel = model.base_model
@@ -113,6 +114,11 @@ def _names(adapters: Sequence[str]) -> list[str]:
             name = f"{stem}-{number}"
         found.append(name)
     return found
+
+
+def _place(adapter: str) -> str:
+    """A directory however its path is written, a Hub id as it is."""
+    return os.path.realpath(adapter) if Path(adapter).exists() else adapter
 
 
 def _open(adapter: str, base: str | os.PathLike[str] | None, base_revision: str | None) -> StoredGraft:

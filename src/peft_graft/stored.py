@@ -23,8 +23,9 @@ from transformers import (
 from .card import WEIGHTS_FILE, fetch_adapter, read_saved
 from .compose import scaled
 from .conversion import ModelView, build_skeleton, read_config
-from .deltas import CheckpointDonor, resolve_names
+from .deltas import CheckpointDonor, DonorError, resolve_names
 from .donors import Extent
+from .naming import CONFIG_FILE
 from .patch import PEFT_PREFIX, Fingerprint, Patch, PatchError, parse_file_key
 from .tuner import GraftConfig
 
@@ -88,18 +89,20 @@ class StoredGraft:
     ) -> None:
         directory = fetch_adapter(adapter, revision)
         self.config, self.patch, self.heads, self.labels = _read(directory)
-        if base is None:
-            base, base_revision = self.config.base_model_name_or_path, base_revision or self.config.revision
+        named = self.config.base_model_name_or_path
+        given = base is not None
+        if not given:
+            base, base_revision = named, base_revision or self.config.revision
         if base is None:
             raise PatchError("base must be given, got an adapter that does not name one. Pass the base's directory.")
         self.base, self.base_revision = os.fspath(base), base_revision
-        files = CheckpointDonor(base, base_revision, role="base")
+        files = _open_base(base, base_revision, given)
         self.model = self.skeleton()
         self.view = ModelView(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._names = self._locate()
         self._base = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
-        Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base, self.base)
+        Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base, named)
 
     def skeleton(self, labels: int | None = None) -> PreTrainedModel:
         """Build the base without its values (see `build_skeleton`), maybe for so many classes."""
@@ -168,12 +171,22 @@ class StoredGraft:
         return flat.to(self._parameters[name].dtype)
 
 
+def _open_base(base: str | os.PathLike[str], revision: str | None, given: bool) -> CheckpointDonor:
+    try:
+        return CheckpointDonor(base, revision, role="base")
+    except DonorError as error:
+        if given:
+            raise
+        raise DonorError(f"{error} This is the base that the adapter names; give yours as base (--base).") from error
+
+
 def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor], int | None]:
     saved = read_saved(directory)
     if saved is None or saved.in_training:
         found = "a checkpoint of a mask in training" if saved else "none"
         raise PatchError(
-            f"adapter must be a finished graft, got {found} in {str(directory)!r}. Write one with save_pretrained."
+            f"adapter must be a finished graft, with {CONFIG_FILE} and {WEIGHTS_FILE}, got {found} in "
+            f"{str(directory)!r}. Write one with save_pretrained or peft-graft extract."
         )
     weights = directory / WEIGHTS_FILE
     with safe_open(weights, framework="pt") as file:

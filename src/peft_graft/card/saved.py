@@ -95,11 +95,15 @@ def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -
 
     Raises:
         PatchError: The repository has no such files.
-        OSError: It cannot be read.
+        OSError: There is no such directory, or the repository cannot be read.
     """
     path = Path(source)
-    if path.exists() or isinstance(source, os.PathLike) or path.is_absolute() or source.startswith("."):
+    if path.exists():
         return path
+    if isinstance(source, os.PathLike) or path.is_absolute() or source.startswith("."):
+        raise FileNotFoundError(
+            f"adapter must be a directory, or a Hub id, got {os.fspath(source)!r}, which is not there. Check the path."
+        )
     try:
         config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
         # Both of one commit, which is what the cache's directory is named after.

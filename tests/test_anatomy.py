@@ -35,6 +35,7 @@ def test_every_byte_is_accounted_for(adapter: Path) -> None:
     assert {key: found.nbytes[key] for key in sizes} == sizes
     assert all(sizes.values()) and found.nbytes["training"] == 0
     assert sum(found.nbytes.values()) == file.stat().st_size
+    assert f"{found.bytes_per_entry:.2f} an entry without the heads\n" in found.to_text()
     assert found.bytes_per_entry == (file.stat().st_size - sizes["heads"]) / found.entries
 
 

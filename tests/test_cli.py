@@ -110,7 +110,7 @@ def test_extract_is_the_librarys(pair: Path, capsys: pytest.CaptureFixture[str])
     line = "extract base donor --output_dir one --num_params 50 --target_modules q_proj down_proj --alpha 0.5"
     code, out, err = run(capsys, line)
     assert (code, err) == (0, "")
-    assert re.fullmatch(r"one: 50 of [\d,]+ entries, [\d.]+ KB, [\d.]+ bytes an entry, in [\d.]+ s\n", out)
+    assert re.fullmatch(r"one: 50 of [\d,]+ entries, [\d.]+ KB, [\d.]+ bytes an entry in all, in [\d.]+ s\n", out)
     config = GraftConfig(donor="donor", num_params=50, target_modules=["q_proj", "down_proj"], alpha=0.5)
     extract("base", config, "other")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -159,7 +159,7 @@ def test_stitch_says_how_much_is_contested(pair: Path, capsys: pytest.CaptureFix
     }
     contested = 2 * counts["one"] - counts["both"]
     assert code == 0 and out.startswith(f"both: {counts['both']:,} entries, ")
-    assert out.endswith(f"; {contested:,} are taken by more than one of 2\n")
+    assert out.endswith(f"; taken by more than one of the 2 adapters: {contested:,}\n")
 
 
 def test_export_says_what_is_left_out(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

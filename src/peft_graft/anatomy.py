@@ -108,11 +108,12 @@ class Anatomy:
     def to_text(self) -> str:
         """Return everything that a person wants to see at once."""
         total = sum(self.nbytes.values())
+        whole = " without the heads" if self.nbytes["heads"] else ""
         share = f", 1 in {self.eligible / self.entries:,.0f} of {self.eligible:,}" if self.eligible else ""
         facts = [
             ("adapter", self.source),
             ("entries", f"{self.entries:,} in {self.tensors} tensors{share}"),
-            ("bytes", f"{size(total)}, {self.bytes_per_entry:.2f} an entry"),
+            ("bytes", f"{size(total)}, {self.bytes_per_entry:.2f} an entry{whole}"),
             ("values", _counted(self.dtypes)),
             ("indices", _counted(self.codecs)),
             *((key, _short(value)) for key, value in self.origin.items() if value is not None),

@@ -100,7 +100,7 @@ def _extract(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     print(
         f"{done.directory}: {done.entries:,} of {done.eligible:,} entries, {size(done.nbytes)}, "
-        f"{done.nbytes / max(done.entries, 1):.2f} bytes an entry, in {seconds:.1f} s"
+        f"{done.nbytes / max(done.entries, 1):.2f} bytes an entry in all, in {seconds:.1f} s"
     )
 
 
@@ -180,7 +180,7 @@ def _stitch(args: argparse.Namespace) -> None:
     done = stitch_adapters(**options)
     print(
         f"{done.directory}: {done.entries:,} entries, {size(done.nbytes)}; "
-        f"{done.conflicts:,} are taken by more than one of {len(args.adapters)}"
+        f"taken by more than one of the {len(args.adapters)} adapters: {done.conflicts:,}"
     )
 
 

@@ -193,6 +193,16 @@ def test_a_base_that_is_gone_can_be_named(tmp_path: Path, monkeypatch: pytest.Mo
         stitch_adapters([tmp_path / name for name in NAMES], tmp_path / "both")
 
 
+def test_one_base_may_be_named_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    extract("base", GraftConfig(donor="donor_news", density=0.3), "relative")
+    stitch_adapters(["reviews", "relative"], "both")
+    stitch_adapters(["reviews", "relative"], "expected", base=tmp_path / "base")
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("expected", "both"))
+    assert one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
+
+
 def test_all_wrong_arguments_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         stitch_adapters(

@@ -131,7 +131,7 @@ def _open(adapter: str, base: str | os.PathLike[str] | None, base_revision: str 
 def _require_one_base(grafts: Mapping[str, StoredGraft]) -> None:
     bases = {name: (graft.base, graft.base_revision) for name, graft in grafts.items()}
     classes = {name: type(graft.model).__name__ for name, graft in grafts.items()}
-    if len({*bases.values()}) > 1:
+    if len({(_place(base), revision) for base, revision in bases.values()}) > 1:
         named = {name: base if revision is None else f"{base}@{revision}" for name, (base, revision) in bases.items()}
         raise PatchError(f"adapters must be of one base, got {named}. If these are the same, give one of them as base.")
     if len({*classes.values()}) > 1:

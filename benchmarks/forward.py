@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,13 +34,15 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     return {name: model.eval() for name, model in models.items()}
 
 
-def runner(model: nn.Module, ids: torch.Tensor, repeat: int) -> Callable[[], Any]:
-    """Run the model so often that the clock can tell."""
+def runner(model: nn.Module, ids: torch.Tensor, repeat: int, device: str) -> Callable[[], dict[str, float]]:
+    """Run the model so often that the clock can tell; seconds are those of one pass."""
 
-    def run() -> None:
+    def run() -> dict[str, float]:
+        began = timing.clock(device)
         with torch.no_grad():
             for _ in range(repeat):
                 model(input_ids=ids)
+        return {"seconds": (timing.clock(device) - began) / repeat}
 
     return run
 
@@ -61,7 +62,7 @@ def main() -> None:
         for tokens in args.tokens:
             batch, length = map(int, tokens.split("x"))
             ids, repeat = timing.tokens(batch, length, args.device), max(1, 256 // (batch * length))
-            runs = {name: runner(model, ids, min(repeat, 20)) for name, model in models.items()}
+            runs = {name: runner(model, ids, min(repeat, 20), args.device) for name, model in models.items()}
             about = {"shape": shape, "layers": args.layers or LAYERS[shape], "tokens": tokens, "density": args.density}
             found = timing.table(timing.race(runs, args.rounds, args.seed, args.device), reference="base")
             rows += [about | row | timing.facts(args) for row in found]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     imported = set(re.findall(r"\| +([\w.]+)$", ran.stderr.decode(), flags=re.M))
     assert "argparse" in imported and ran.returncode == 0
     assert not imported & {"torch", "numpy", "peft", "transformers", "huggingface_hub", "safetensors", "tqdm"}
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"peft-graft {version('peft-graft')}\n"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

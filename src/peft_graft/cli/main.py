@@ -7,6 +7,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from .commands import COMMANDS
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Store the skill of a fine-tuned checkpoint as a small PEFT adapter, without loading models.",
         epilog=f"Each command has examples: {PROGRAM} extract --help",
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in COMMANDS:

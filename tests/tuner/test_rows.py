@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -196,3 +198,45 @@ def test_rows_survive_a_copy_and_half_precision() -> None:
     with torch.no_grad():
         mixed = model(**batch, adapter_names=ROWS).logits
     torch.testing.assert_close(mixed[1], alone(model, "x", batch)[1], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("names", [ROWS, ROWS[::-1], ["__base__"] * len(ROWS)])
+def test_threads_have_rows_of_their_own(names: list[str]) -> None:
+    base = tiny_llama()
+    model, batch = several(base), batch_of(base)
+    with torch.no_grad():
+        wanted, plain = model(**batch, adapter_names=names).logits, model(**batch).logits
+        wrong: list[int] = []
+
+        def serve() -> None:
+            with torch.no_grad():
+                wrong.extend(turn for turn in range(10) if not torch.equal(model(**batch).logits, plain))
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            other = threading.Thread(target=serve)
+            other.start()
+            while other.is_alive():
+                assert torch.equal(model(**batch, adapter_names=names).logits, wanted)
+        finally:
+            other.join()
+            sys.setswitchinterval(before)
+    assert wrong == []
+
+
+def test_rows_inside_of_rows_leave_those_outside() -> None:
+    base = tiny_llama()
+    model, batch = several(base), batch_of(base)
+    with torch.no_grad():
+        wanted = model(**batch, adapter_names=ROWS).logits
+        inner = model(**batch, adapter_names=ROWS[::-1]).logits
+        found = []
+
+        def look(module: nn.Module, args: object) -> None:
+            handle.remove()
+            found.append(model(**batch, adapter_names=ROWS[::-1]).logits)
+
+        handle = model.base_model.model.model.layers[1].register_forward_pre_hook(look)
+        assert torch.equal(model(**batch, adapter_names=ROWS).logits, wanted)
+    assert torch.equal(found[0], inner)

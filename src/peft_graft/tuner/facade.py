@@ -22,11 +22,15 @@ class Facade(nn.Module, BaseTunerLayer):
 
     keys: dict[str, str]
     tied: set[str]
-    rows: Rows | None
     base_layer: nn.Module
 
     def base_parameter(self, param: str) -> torch.Tensor:
         """The base's parameter itself."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> Rows | None:
+        """The adapter of each row of the batch, while they differ."""
         raise NotImplementedError
 
     def has_entries(self, adapter_name: str, param: str) -> bool:

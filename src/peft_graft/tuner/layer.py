@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 from ..compose import align, scaled, spread, total
 from .facade import Facade
 from .kernels import Part
-from .mask import GraftState, Slot, straight_through
+from .mask import Changes, GraftState, Slot, straight_through
 from .offload import real_parameter
 from .rows import Rows
 from .running import PatchedRun
 from .sharding import UNGATHERED, is_sharded, require_whole, whole
-from .writing import is_held, overwrite, own_entries, restored
+from .writing import is_held, overwrite, own_copy, own_entries, restore_copy, restored, undisturbed
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,7 +60,8 @@ class GraftLayer(PatchedRun, Facade):
         self.merged_adapters: list[str] = []
         self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
-        self.rows: Rows | None = None  # the adapter of each row of the batch, while they differ
+        self.kept_by: list[list[str]] = []  # calls that keep patches on the wrapped module
+        self.rows_by_thread: dict[int, Rows] = {}  # the adapter of each row of the batch, where they differ
 
     # Structure
 
@@ -138,6 +140,16 @@ class GraftLayer(PatchedRun, Facade):
         backup = (tensor.to(entries.device) for tensor in self._backup.get(param, ()))
         return restored(entries, indices, *backup) if param in self._backup else entries
 
+    def own_values(self, param: str) -> torch.Tensor:
+        """All of the base's own values, detached, also while a patch is on it."""
+        parameter = self.base_parameter(param)
+        own = own_copy(parameter)
+        values = whole(parameter) if own is None else own
+        if param not in self._backup:
+            return values
+        indices, before = self._backup[param]
+        return values.flatten().index_copy(0, indices, before.to(values)).view(values.shape)
+
     def entries(
         self, adapter_name: str, param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
@@ -172,6 +184,17 @@ class GraftLayer(PatchedRun, Facade):
         require_whole({name: logits}, "trained", UNGATHERED)
         values = torch.where(mask, full, base)
         return indices, straight_through(logits, values, self._start(adapter_name, param, indices), donor, alpha), mask
+
+    def made_of(self, adapter_name: str, param: str) -> Hashable:
+        """Equal as long as an adapter's patch of a parameter writes the same; None where that cannot be told."""
+        slot, state, name = self.slots[adapter_name], self.states[adapter_name], self.tensor_name(param)
+        alpha = state.scale(name)
+        if isinstance(alpha, torch.Tensor):
+            return None
+        if slot.logits(self.keys[param]) is None:
+            return adapter_name, alpha, slot.making
+        state.mask(name)  # made anew where the logits have changed
+        return adapter_name, alpha, slot.making, state.making
 
     def _start(self, adapter_name: str, param: str, indices: torch.Tensor) -> torch.Tensor:
         """The base's values at a mask's candidates, as they were when it was made, where they are on record."""
@@ -257,6 +280,7 @@ class GraftLayer(PatchedRun, Facade):
             for param, (indices, values) in patches.items():
                 self._backup[param] = indices, overwrite(self.base_parameter(param), indices, values)
         self.merged_adapters = together
+        Changes.note()
 
     def unmerge(self) -> None:
         """Put the base's own bits back."""
@@ -266,6 +290,7 @@ class GraftLayer(PatchedRun, Facade):
                 overwrite(parameter, indices, values.to(parameter))
         self._backup = {}
         self.merged_adapters = []
+        Changes.note()
 
     # Host contract
 
@@ -290,6 +315,17 @@ class GraftLayer(PatchedRun, Facade):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if adapter_name in self.graft_patch and device is not None and device.type != "meta":
             self.slot(adapter_name).to(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraftLayer:
+        """Copy with the base's own bits, also while a call has a patch on them."""
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        with undisturbed():
+            clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+            for param in self.keys:
+                restore_copy(clone.base_parameter(param), self.base_parameter(param))
+        clone.kept_by, clone.rows_by_thread = [], {}
+        return clone
 
     def __repr__(self) -> str:
         """Show the method in front of the wrapped module, as PEFT's layers do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class PatchMaker:
         return dict(sorted(found.items()))
 
     def base_tensors(self, targets: Mapping[str, Target]) -> Mapping[str, torch.Tensor]:
-        """The base's parameters by tensor name; sharded ones are gathered when their turn comes."""
-        return WholeTensors({name: layer.base_parameter(param) for name, (layer, param) in targets.items()})
+        """The base's own values by tensor name; sharded ones are gathered when their turn comes."""
+        return WholeTensors({name: partial(layer.own_values, param) for name, (layer, param) in targets.items()})
 
     def open_donor(self, adapter_name: str) -> Donor:
         """Open an adapter's donor, and put it on record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
 _version = operator.attrgetter("_version")
 
 
+class Changes:
+    """Numbers the changes of all patches and masks: as long as `last` is the same, nothing has changed."""
+
+    _numbers = itertools.count()
+    last = next(_numbers)
+
+    @classmethod
+    def note(cls) -> int:
+        """Return the number of a new change."""
+        cls.last = next(cls._numbers)
+        return cls.last
+
+
 class Slot(nn.Module):
     """What one adapter holds for one layer: per parameter the flat indices, the donor's values, and maybe logits.
 
@@ -30,6 +44,7 @@ class Slot(nn.Module):
         super().__init__()
         self.eligible = eligible
         self.params: list[str] = []
+        self.making = Changes.note()  # changes with what is held
         self._shards: dict[str, nn.Parameter] = {}
 
     def install(
@@ -53,6 +68,7 @@ class Slot(nn.Module):
             self.remove(param)
         self.register_buffer(f"{param}_indices", indices)
         self.register_buffer(f"{param}_values", values)
+        self.making = Changes.note()
         if param not in self.params:
             self.params = sorted([*self.params, param])
 
@@ -61,6 +77,7 @@ class Slot(nn.Module):
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
         self._shards.pop(f"{param}_logits", None)
+        self.making = Changes.note()
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
@@ -127,6 +144,7 @@ class GraftState:
         self._members: dict[str, tuple[Slot, str]] = {}
         self._base: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
+        self.making = Changes.note()  # changes with the masks
         self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
         self._versions = 0
         self._settled: tuple[tuple[int, bool], ...] = ()  # whose they were, if nothing could train meanwhile
@@ -196,6 +214,11 @@ class GraftState:
         alpha = self.config.alpha if self.trial is None else self.trial
         return 1.0 if alpha == "auto" else alpha
 
+    @property
+    def constant(self) -> float | None:
+        """Alpha, where it is one number and no mask may be trained; then only `Changes` change the patch."""
+        return None if self._members or not isinstance(self.alpha, int | float) else self.alpha
+
     def scale(self, name: str) -> float | torch.Tensor:
         """Alpha of this tensor; a tensor while it is being fitted by gradients."""
         alpha = self.alpha
@@ -218,7 +241,10 @@ class GraftState:
         if not known or sum(map(_version, self._seen.values())) != self._versions:
             logits = self.logits()
             masks = self.masks_of({key: whole(values) for key, values in logits.items()})
-            self._masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
+            masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
+            if not _are_equal(masks, self._masks):
+                self.making = Changes.note()
+            self._masks = masks
             self._seen, self._versions = logits, sum(map(_version, logits.values()))
             self._settled = () if torch.is_grad_enabled() else self._holders()
         return self._masks[name]
@@ -303,6 +329,12 @@ class GraftState:
         everything = torch.cat([score.to(device) for score in scores])
         masks = top_k_mask(everything, self.budget or 0).split([score.numel() for score in scores])
         return {name: mask.to(logits[name].device) for name, mask in zip(names, masks, strict=True)}
+
+
+def _are_equal(masks: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return masks.keys() == others.keys() and all(
+        mask.device == others[name].device and torch.equal(mask, others[name]) for name, mask in masks.items()
+    )
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +18,8 @@ from .rows import BASE, Rows
 def rows_of(model: nn.Module, layers: Sequence[GraftLayer], adapter_names: Sequence[str]) -> Iterator[None]:
     """Let every grafted layer, and every module that PEFT saves whole, run each row with the adapter it names.
 
+    Other threads may run the same model meanwhile, with other rows or none.
+
     Args:
         model: The model that holds the adapters, in evaluation mode.
         layers: Its grafted layers.
@@ -30,17 +33,28 @@ def rows_of(model: nn.Module, layers: Sequence[GraftLayer], adapter_names: Seque
     problems = list(_problems(model, layers, sorted({*adapter_names} - {BASE})))
     if problems:
         raise ValueError(" ".join(problems))
-    rows = Rows(adapter_names)
+    rows, thread = Rows(adapter_names), threading.get_ident()
     with ExitStack() as undo:
-        undo.callback(model.register_forward_pre_hook(rows.see, with_kwargs=True).remove)
+        undo.callback(model.register_forward_pre_hook(_in(thread, rows.see), with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                handle = module.register_forward_pre_hook(_names_for(rows), with_kwargs=True)
+                handle = module.register_forward_pre_hook(_in(thread, _names_for(rows)), with_kwargs=True)
                 undo.callback(handle.remove)
         for layer in layers:
-            layer.rows = rows
-            undo.callback(setattr, layer, "rows", None)
+            undo.callback(_put_back, layer.rows_by_thread, thread, layer.rows)
+            layer.rows_by_thread[thread] = rows
         yield
+
+
+def _put_back(held: dict[int, Rows], thread: int, rows: Rows | None) -> None:
+    del held[thread]
+    if rows is not None:
+        held[thread] = rows
+
+
+def _in(thread: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that acts in one thread only."""
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 def _names_for(rows: Rows) -> Any:

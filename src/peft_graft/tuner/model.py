@@ -329,7 +329,10 @@ class GraftModel(PatchMaker, BaseTuner):
                     layer.hook()  # again, to act after ZeRO-3's own hooks
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the patches in place all the while, instead of writing them anew for every token."""
+        """Generate with the patches in place all the while, instead of writing them anew for every token.
+
+        A module outside of this model that shares its weights sees the patches meanwhile.
+        """
         with calling(self.states, self._layers()):
             return cast(Any, self.model).generate(*args, **kwargs)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from .kernels import Part, is_simple, patched_run
+from .mask import Changes
 from .offload import where_it_runs
 from .rows import Rows, run_by_row
 from .sharding import UNGATHERED, is_sharded, require_whole
-from .writing import Hold, any_held, can_write, is_traced, own_copy, patched_copy
+from .writing import Hold, any_held, can_write, is_traced, nothing, own_copy, patched_copy, uncompiled
 
 if TYPE_CHECKING:
     from .mask import GraftState, Slot
@@ -27,7 +29,15 @@ class _Call:
 
     def __init__(self, states: Any, exits: ExitStack) -> None:
         self.states, self.exits = states, exits  # the states tell the model
-        self.kept: dict[Any, list[str] | None] = {}  # by layer: None once it has run, then whose patches it keeps
+        self.kept: dict[Any, _Kept | None] = {}  # by layer: None once it has run, then what it keeps
+
+
+@dataclass
+class _Kept:
+    """What a call keeps on a layer."""
+
+    made_of: list[Hashable]  # by parameter
+    glance: Hashable = None  # equal to the layer's only if that has not changed
 
 
 class _Calls(threading.local):
@@ -66,11 +76,17 @@ class PatchedRun:
     keys: dict[str, str]
     aliases: dict[str, tuple[Any, str]]  # a GraftLayer and its parameter
     states: dict[str, GraftState]
-    rows: Rows | None
+    rows_by_thread: dict[int, Rows]
     tensor_prefix: str
+    kept_by: list[list[str]]  # of each call that keeps patches on the wrapped module: whose
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+
+    @property
+    def rows(self) -> Rows | None:
+        """The adapter of each row of the batch, while they differ in the call that this thread makes."""
+        return self.rows_by_thread.get(threading.get_ident()) if self.rows_by_thread else None
 
     def _owner(self, param: str) -> tuple[Any, str]:
         """Who holds the patch of a parameter, and under which name."""
@@ -110,6 +126,8 @@ class PatchedRun:
 
     def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
         """The parameter with these patches (None: the active ones) on it, or None where that is the base's own."""
+        if torch.compiler.is_compiling() and self.kept_by:
+            return None if self._is_bare(adapter_names) else uncompiled(self.effective, param, adapter_names)
         parameter, names = self.base_parameter(param), self.effective_adapters(param, adapter_names)
         return patched_copy(parameter, *self.effective_entries(param, names)) if names else own_copy(parameter)
 
@@ -124,8 +142,12 @@ class PatchedRun:
         if not self.can_hold():
             return
         with ExitStack() as undo, torch.no_grad():
-            if undo.enter_context(self.patched()) is self.get_base_layer():  # and not a copy, which takes memory
-                call.kept[self] = [*self.active_adapters]
+            made_of = self._all_made_of()
+            module = undo.enter_context(self.patched())
+            if module is self.get_base_layer() and None not in made_of:  # and not a copy, which takes memory
+                call.kept[self] = _Kept(made_of)
+                self.kept_by.append([*self.active_adapters])
+                undo.callback(self.kept_by.pop)
                 call.exits.push(undo.pop_all())
 
     def _is_kept(self) -> bool:
@@ -137,7 +159,40 @@ class PatchedRun:
             call.kept[self] = None
         elif call.kept[self] is None:
             self.keep(call)
-        return call.kept[self] == self.active_adapters
+        return self._is_as(call.kept[self])
+
+    def _is_as(self, kept: _Kept | None) -> bool:
+        if kept is None:
+            return False
+        glance = self._glance()  # before the thorough look, which takes several times as long
+        if glance is None or glance != kept.glance:
+            if kept.made_of != self._all_made_of():
+                return False
+            kept.glance = glance
+        return True
+
+    def _glance(self) -> Hashable:
+        """Equal only if the active adapters write the same; None where that takes a thorough look."""
+        names = self.active_adapters
+        alphas = [self.states[name].constant for name in names if name in self.states]
+        return None if None in alphas else (Changes.last, *names, *alphas)
+
+    def _is_bare(self, adapter_names: list[str] | None = None) -> bool:
+        """Whether the wrapped module as it stands, with the patches that a call keeps, is what is wanted."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        switched = self.disable_adapters or self.rows is not None or torch.is_grad_enabled()
+        return names == self.kept_by[-1] and not switched
+
+    def _made_of(self, param: str, adapter_names: list[str]) -> Hashable:
+        """Equal for what writes the same into the parameter; None where that cannot be told."""
+        if not adapter_names:
+            return ()
+        owner, owned = self._owner(param)
+        parts = [owner.made_of(name, owned) for name in adapter_names]
+        return None if None in parts else (id(owner), owned, *parts)
+
+    def _all_made_of(self) -> list[Hashable]:
+        return [self._made_of(param, self.effective_adapters(param)) for param in self.keys]
 
     @contextmanager
     def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
@@ -153,10 +208,10 @@ class PatchedRun:
         try:
             for param in self.keys:
                 names, tensor = self.effective_adapters(param, adapter_names), None
-                if names and simple and not torch.is_grad_enabled():
-                    owner, owned = self._owner(param)
-                    hold = Hold(self.base_parameter(param), (id(owner), owned, *names))
-                    tensor = hold.write(functools.partial(self.effective_entries, param, names))
+                if simple and not torch.is_grad_enabled():
+                    # Also without a patch, so that no other thread writes one meanwhile.
+                    hold = Hold(self.base_parameter(param), self._made_of(param, names))
+                    tensor = hold.write(functools.partial(self.effective_entries, param, names) if names else nothing)
                     holds.append(hold)
                 elif names or any_held():
                     tensor = self.effective(param, adapter_names)
@@ -179,7 +234,10 @@ class PatchedRun:
         """Run the wrapped module on patched parameters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (self.disable_adapters or self.merged) and not self.aliases and not any_held():
+        if torch.compiler.is_compiling() and self.kept_by:  # what is compiled cannot tell own bits from a patch's
+            run = self.get_base_layer() if self._is_bare() else functools.partial(uncompiled, self.forward)
+            return run(*args, **kwargs)
+        if self.merged and not self.aliases and not any_held():
             return self.get_base_layer()(*args, **kwargs)
         if self.rows is not None and not self.disable_adapters:
             return run_by_row(

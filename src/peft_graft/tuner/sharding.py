@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -82,14 +82,14 @@ def copy_into(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 class WholeTensors(Mapping[str, torch.Tensor]):
-    """Parameters by name, each gathered when it is looked up."""
+    """Parameters by name, each read as a whole when it is looked up."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Callable[[], torch.Tensor]]) -> None:
         self.parameters = parameters
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """All values of a parameter."""
-        return whole(self.parameters[name])
+        return self.parameters[name]()
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

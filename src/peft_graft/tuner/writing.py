@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ from torch import nn
 class _Cover:
     """A patch that is on a parameter right now, and what it covers."""
 
-    def __init__(self, owner: Hashable, indices: torch.Tensor, before: torch.Tensor) -> None:
-        self.owner, self.indices, self.before = owner, indices, before
+    def __init__(self, owner: Hashable, data: torch.Tensor, indices: torch.Tensor, before: torch.Tensor) -> None:
+        self.owner, self.data, self.indices, self.before = owner, data, indices, before  # nobody else gets its address
         self.users = 0
 
 
@@ -41,6 +42,12 @@ def can_write(parameter: torch.Tensor) -> bool:
         and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
         and (torch.is_inference_mode_enabled() or not parameter.is_inference())
     )
+
+
+@torch.compiler.disable
+def uncompiled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run something as it is, in the middle of what is compiled."""
+    return run(*args, **kwargs)
 
 
 def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -100,7 +107,21 @@ def own_copy(parameter: torch.Tensor) -> torch.Tensor | None:
         return None
     with _lock:
         cover = _covers.get(parameter.data_ptr())
-        return None if cover is None else _put(parameter.detach(), cover.indices, cover.before)
+        if cover is None or not cover.indices.numel():  # which only keeps others from writing
+            return None
+        return _put(parameter.detach(), cover.indices, cover.before)
+
+
+def restore_copy(copied: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Give a copy that was made of a parameter the parameter's own bits, whatever was written into it."""
+    cover = _covers.get(parameter.data_ptr()) if _covers else None
+    if cover is not None and cover.indices.numel():
+        overwrite(copied, cover.indices, cover.before)
+
+
+def undisturbed() -> AbstractContextManager[Any]:
+    """Let no patch be written or taken off for a while, except by this thread."""
+    return _lock
 
 
 def patched_copy(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -118,6 +139,14 @@ def _put(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> t
     return tensor.view(-1).index_put((indices,), values).view(tensor.shape)
 
 
+_NOTHING = torch.empty(0, dtype=torch.int64), torch.empty(0)
+
+
+def nothing() -> tuple[torch.Tensor, torch.Tensor]:
+    """A patch of no entries, which keeps others from writing theirs meanwhile."""
+    return _NOTHING
+
+
 class Hold:
     """A call that runs with a patch on a parameter.
 
@@ -127,7 +156,7 @@ class Hold:
 
     Args:
         parameter: The parameter.
-        owner: Equal for calls that write the same; None for a patch of this call alone.
+        owner: Equal for calls that write the same values, () for nothing; None for a patch of this call alone.
     """
 
     def __init__(self, parameter: torch.Tensor, owner: Hashable = None) -> None:
@@ -150,14 +179,15 @@ class Hold:
                 cover = _covers.get(key)
                 if cover is None:
                     indices, values = patch()
-                    cover = _Cover(self.owner, indices, overwrite(self.parameter, indices, values.detach()))
-                    self._cover = _covers[key] = cover
+                    before = overwrite(self.parameter, indices, values.detach()) if indices.numel() else values
+                    self._cover = _covers[key] = _Cover(self.owner, self.parameter.data, indices, before)
                 elif self.owner is not None and cover.owner == self.owner:
                     self._cover = cover
                 if self._cover is not None:
                     self._cover.users += 1
                     return None
-        return patched_copy(self.parameter.detach(), *patch())
+        indices, values = patch()
+        return patched_copy(self.parameter.detach(), indices, values) if indices.numel() else own_copy(self.parameter)
 
     def erase(self) -> None:
         """Put the parameter's own bits back, unless others still need the patch."""
@@ -166,8 +196,12 @@ class Hold:
         with _lock:
             self._cover.users -= 1
             if not self._cover.users:
-                self.parameter.data.view(-1).index_copy_(0, self._cover.indices, self._cover.before)
-                del _covers[self.parameter.data_ptr()]
+                data, moved = self._cover.data, self.parameter.data
+                del _covers[data.data_ptr()]
+                # The model may have been moved or cast meanwhile, as by a hook at its first forward.
+                for each in [data] if moved.data_ptr() == data.data_ptr() else [data, moved]:
+                    if self._cover.indices.numel():
+                        overwrite(each, self._cover.indices.to(each.device), self._cover.before.to(each))
         self._cover = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import save_file
 
 from peft_graft import DonorError, pieces
 from peft_graft.donors import CheckpointDonor
-from peft_graft.pieces import Pairs
+from peft_graft.pieces import Pairs, in_order
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +114,38 @@ def test_reading_can_stop_half_way(tmp_path: Path) -> None:
     stream = pair(tmp_path, tensors(torch.float32), tensors(torch.float32)).pieces()
     next(stream)
     stream.close()  # neither hangs nor warns of files left open
+
+
+def test_no_more_than_a_few_threads_work_however_many_cores_there_are(tmp_path: Path) -> None:
+    """Each holds blocks of both sides: on a large machine they would take gigabytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        pairs, at_work, most = pair(tmp_path, {"x": torch.zeros(7 * 200)}, None), [], []
+
+        def work(piece: pieces.Piece) -> None:
+            at_work.append(piece.start)
+            most.append(len(at_work))
+            time.sleep(1e-3)
+            at_work.remove(piece.start)
+
+        list(pairs.map(work))
+        assert torch.get_num_threads() == 64
+    finally:
+        torch.set_num_threads(before)
+    assert 1 < max(most) <= 8
+
+
+def test_large_items_wait_for_those_before() -> None:
+    sizes, begun, done, most = [3, 4, 2, 20, 1, 1, 1], [], [], []
+
+    def size(number: int) -> int:
+        begun.append(number)
+        return sizes[number]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in in_order(pool, lambda number: number, range(len(sizes)), 3, size, room=6):
+            most.append(sum(sizes[each] for each in begun[:-1] if each not in done))  # without the one just begun
+            done.append(number)
+    assert done == list(range(len(sizes)))
+    assert most[3] == 20 and all(size <= 6 for number, size in zip(done, most, strict=True) if number != 3)

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from .conversion import ModelView, build_skeleton, read_config
 from .deltas import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
 from .patch import Fingerprint, Patch, TensorPatch
-from .pieces import Pairs, in_order, pool_of
+from .pieces import MOST_WORKERS, Pairs, in_order, pool_of
 from .placing import require_room, written_aside
 from .selection import SelectionError, get_rule
 from .sieve import Sieve, Taken
@@ -245,7 +245,7 @@ def _take(sieve: Sieve, shelf: _Shelf) -> _Kept:
     packed: dict[str, _Place] = {}
     base: dict[str, _Place] = {}
     entries = 0
-    workers = torch.get_num_threads()
+    workers = min(torch.get_num_threads(), MOST_WORKERS)
     with pool_of(workers) as pool:
         for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers, _entries, _ROOM):
             packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}

@@ -23,6 +23,8 @@ PIECE = 1 << 20
 # enough to keep a disk busy while the results are put together.
 _AHEAD = 2
 _ADVISED = 64
+# Threads that work at most, each with a block of either side: then memory does not grow with the number of cores.
+MOST_WORKERS = 8
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -119,8 +121,8 @@ class Pairs:
         Args:
             work: What to do with a piece, in another thread. What it returns must not share the piece's memory.
             names: Which tensors, in increasing order; None for all.
-            workers: How many threads work; one works through the pieces in order. Default: as many as torch has, of
-                which each operation gets one meanwhile.
+            workers: How many threads work; one works through the pieces in order. Default: as many as torch has, up
+                to 8, of which each operation gets one meanwhile.
 
         Yields:
             For each piece, in order: what it is of, and what `work` returned.
@@ -129,7 +131,7 @@ class Pairs:
             DonorError: A file is shorter than it was.
         """
         threads = torch.get_num_threads()
-        workers = workers or threads
+        workers = workers or min(threads, MOST_WORKERS)
         under_way = workers + _AHEAD
         width = max((_dtype(extents).itemsize for side in self._sides for extents in side.values()), default=0)
         blocks = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
 import models
@@ -166,6 +166,29 @@ def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
         stitch_adapters([tmp_path / "reviews", moved / "news"], tmp_path / "both")
     with pytest.raises(PatchError, match="base"):
         stitch_adapters([tmp_path / "reviews", moved / "news"], tmp_path / "both", base=tmp_path / "base")
+    assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "dtype", "other"])
+def test_heads_that_are_damaged_are_refused(change: str, tmp_path: Path) -> None:
+    """None is left out in silence either."""
+    make(tmp_path)
+    config = GraftConfig(donor=tmp_path / "donor_news", density=0.1, modules_to_save=["lm_head"])
+    extract(tmp_path / "base", config, tmp_path / "headed")
+    file = tmp_path / "headed" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = [key for key in tensors if "lm_head" in key]
+    head = tensors.pop(key)
+    tensors |= {
+        "missing": {},
+        "shape": {key: head[:-1].clone()},
+        "dtype": {key: head.long()},
+        "other": {key: head, "base_model.model.model.norm.weight": torch.ones(16)},
+    }[change]
+    save_file(tensors, file)
+    name = "model.norm.weight" if change == "other" else "lm_head.weight"
+    with pytest.raises(PatchError, match=f"must be those of the adapter's modules_to_save, got others for '{name}'"):
+        stitch_adapters([tmp_path / "reviews", tmp_path / "headed"], tmp_path / "both")
     assert not (tmp_path / "both").exists()
 
 

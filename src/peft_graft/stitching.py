@@ -168,6 +168,7 @@ def _together(grafts: Mapping[str, StoredGraft], source: str | None) -> PeftMode
     for name in others:
         model.add_adapter(name, grafts[name].config)
     tuner: GraftModel = model.base_model
+    _require_heads(model.base_model.model, grafts, source)
     for name, graft in grafts.items():
         tuner.fill(name, graft.patch)
     for key, module in model.base_model.model.named_modules():
@@ -176,6 +177,30 @@ def _together(grafts: Mapping[str, StoredGraft], source: str | None) -> PeftMode
             values = {name.removeprefix(f"{key}."): value for name, value in held.items()}
             module.modules_to_save[source].load_state_dict(values, assign=True)
     return model
+
+
+def _require_heads(model: nn.Module, grafts: Mapping[str, StoredGraft], source: str | None) -> None:
+    """Refuse files in which tensors of modules to save are missing, or of which something would be left out."""
+    wrappers = {key: module for key, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    wrong = []
+    for name, graft in grafts.items():
+        wanted = {
+            f"{key}.{param}": value
+            for key, module in wrappers.items()
+            if name in module.modules_to_save
+            for param, value in module.modules_to_save[name].state_dict().items()
+        }
+        for tensor in sorted({*wanted, *graft.heads}):
+            here, there = graft.heads.get(tensor), wanted.get(tensor)
+            if here is None or there is None or here.is_floating_point() != there.is_floating_point():
+                wrong.append(f"{tensor!r} in {name!r}")
+            elif name == source and here.shape != there.shape:  # others may tell other classes apart
+                wrong.append(f"{tensor!r} in {name!r}")
+    if wrong:
+        raise PatchError(
+            f"tensors stored whole must be those of the adapter's modules_to_save, got others for {', '.join(wrong)}. "
+            "Save or download the adapter again."
+        )
 
 
 def _base_of(grafts: Mapping[str, StoredGraft]) -> Callable[[str, torch.Tensor], torch.Tensor]:

@@ -98,8 +98,10 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
         ) -> Callable[[], None]:
             def run() -> None:
                 model(input_ids=ids).last_hidden_state.backward(upstream)
-                for parameter in model.parameters():
+                for name, parameter in model.named_parameters():
                     parameter.grad = None
+                    if name.endswith("_logits"):  # as after a step of an optimizer: the mask is found anew
+                        torch.autograd.graph.increment_version(parameter)
 
             return run
 

@@ -326,3 +326,6 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "skill", "checkpoint", tmp_path / "out")
     with pytest.raises(PatchError, match="adapter must be a finished graft, with .*, got none"):
         export(tmp_path / "base", "checkpoint", tmp_path / "out")
+    (tmp_path / "skill" / "adapter_config.json").write_text("{")
+    with pytest.raises(PatchError, match="adapter config must be JSON, got .*adapter_config.json"):
+        export(tmp_path / "skill", "checkpoint", tmp_path / "out")

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
@@ -206,7 +206,8 @@ class _Reader:
             for extent, first, last in _overlaps(self._side[soon[0]], *soon[1:]):
                 width = _dtype([extent]).itemsize
                 where, length = extent.offset + first * width, (last - first) * width
-                os.posix_fadvise(self._open(extent).fileno(), where, length, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):  # only advice: some file systems take none
+                    os.posix_fadvise(self._open(extent).fileno(), where, length, os.POSIX_FADV_WILLNEED)
         dtype = _dtype(extents)
         values = buffer[: (stop - start) * dtype.itemsize]
         into, done = memoryview(values.numpy().data), 0

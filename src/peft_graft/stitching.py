@@ -97,6 +97,7 @@ def stitch_adapters(
         _ADAPTER, *combine(tuner, list(grafts), weights, _ADAPTER, combination, chosen or source, _base_of(grafts))
     )
     config = tuner.peft_config[_ADAPTER]
+    config.provenance = {**(config.provenance or {}), "modules_to_save_from": chosen}
     with written_aside(target, last=CONFIG_NAME) as directory:
         model.save_pretrained(directory, selected_adapters=[_ADAPTER])
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size

@@ -54,14 +54,19 @@ def read_saved(directory: str | os.PathLike[str]) -> Saved | None:
     """Read what a card tells about a saved adapter; None if the directory does not hold a whole graft.
 
     Raises:
-        PatchError: The file of the tensors is not whole safetensors.
+        PatchError: The file of the tensors is not whole safetensors, or the configuration is not JSON.
     """
     path = Path(directory)
     config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
     if not config_file.is_file() or not weights.is_file():
         return None
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "GRAFT":
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PatchError(
+            f"adapter config must be JSON, got {str(config_file)!r} ({error}). Save or download it again."
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "GRAFT":
         return None
     counts: dict[str, int] = {}
     whole: dict[str, int] = {}

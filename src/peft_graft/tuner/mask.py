@@ -290,8 +290,10 @@ class GraftState:
 
     def _magnitude(self, name: str, device: torch.device) -> torch.Tensor:
         slot, param = self._members[name]
-        self._base[name] = self._base[name].to(device)  # a model may move after the patch was made
-        return (slot.values(param).to(device).float() - self._base[name].float()).abs()
+        base = self._base[name].to(device)  # a model may move after the patch was made
+        if not torch.is_inference_mode_enabled():  # what is made there, autograd would refuse later
+            self._base[name] = base
+        return (slot.values(param).to(device).float() - base.float()).abs()
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).

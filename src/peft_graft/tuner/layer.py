@@ -60,6 +60,7 @@ class GraftLayer(PatchedRun, Facade):
         self.merged_adapters: list[str] = []
         self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
+        self._plan = None  # what is written as long as nothing changes
         self.kept_by: list[list[str]] = []  # calls that keep patches on the wrapped module
         self.rows_by_thread: dict[int, Rows] = {}  # the adapter of each row of the batch, where they differ
 
@@ -321,10 +322,11 @@ class GraftLayer(PatchedRun, Facade):
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         with undisturbed():
-            clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+            own = {key: value for key, value in self.__dict__.items() if key != "_plan"}
+            clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
             for param in self.keys:
                 restore_copy(clone.base_parameter(param), self.base_parameter(param))
-        clone.kept_by, clone.rows_by_thread = [], {}
+        clone._plan, clone.kept_by, clone.rows_by_thread = None, [], {}
         return clone
 
     def __repr__(self) -> str:

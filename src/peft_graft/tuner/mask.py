@@ -93,6 +93,10 @@ class Slot(nn.Module):
         """The donor's values of `param`, float [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
+    def fixed(self, param: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and values of `param`, where they are."""
+        return self.indices(param), self.values(param)
+
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
         logits = self.logits(param)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -78,6 +78,7 @@ class PatchedRun:
     states: dict[str, GraftState]
     rows_by_thread: dict[int, Rows]
     tensor_prefix: str
+    _plan: tuple[Hashable, dict[str, tuple[Hashable, Callable[[], Any]]] | None] | None
     kept_by: list[list[str]]  # of each call that keeps patches on the wrapped module: whose
     active_adapters: list[str]
     disable_adapters: bool
@@ -194,6 +195,34 @@ class PatchedRun:
     def _all_made_of(self) -> list[Hashable]:
         return [self._made_of(param, self.effective_adapters(param)) for param in self.keys]
 
+    def _up_to_date_plan(self) -> dict[str, tuple[Hashable, Callable[[], Any]]] | None:
+        """What `Hold` is told for each parameter, where the active adapters write just what their slots hold."""
+        glance = self._glance()
+        if glance is None or self.aliases or self.disable_adapters:
+            return None
+        if self._plan is None or self._plan[0] != glance:
+            self._plan = glance, self._make_plan()
+        plan = self._plan[1]
+        for param, (_, patch) in (plan or {}).items():
+            if patch is not nothing:
+                indices, values = patch()
+                parameter = self.base_parameter(param)
+                if values.dtype != parameter.dtype or indices.device != parameter.device or is_sharded(parameter):
+                    return None
+        return plan
+
+    def _make_plan(self) -> dict[str, tuple[Hashable, Callable[[], Any]]] | None:
+        plan: dict[str, tuple[Hashable, Callable[[], Any]]] = {}
+        for param, key in self.keys.items():
+            names = self.effective_adapters(param)
+            held = self.slots[names[0]] if names else None
+            if held is not None:
+                entries = self.effective_entries(param, names)
+                if entries[0] is not held.indices(key) or entries[1] is not held.values(key):
+                    return None
+            plan[param] = (self._made_of(param, names), nothing if held is None else functools.partial(held.fixed, key))
+        return plan
+
     @contextmanager
     def patched(self, adapter_names: list[str] | None = None) -> Iterator[nn.Module]:
         """The wrapped module, with parameters patched by these adapters; None for the active ones.
@@ -204,14 +233,22 @@ class PatchedRun:
         self._check(adapter_names)
         module = self.get_base_layer()
         simple = is_simple(module) and not is_traced()
+        in_place = simple and not torch.is_grad_enabled()
+        plan = self._up_to_date_plan() if in_place and adapter_names is None else None
         holds, shadows = [], []
         try:
             for param in self.keys:
-                names, tensor = self.effective_adapters(param, adapter_names), None
-                if simple and not torch.is_grad_enabled():
+                names = [] if plan is not None else self.effective_adapters(param, adapter_names)
+                tensor = None
+                if plan is not None:
+                    made_of, patch = plan[param]
+                elif in_place:
+                    made_of = self._made_of(param, names)
                     # Also without a patch, so that no other thread writes one meanwhile.
-                    hold = Hold(self.base_parameter(param), self._made_of(param, names))
-                    tensor = hold.write(functools.partial(self.effective_entries, param, names) if names else nothing)
+                    patch = functools.partial(self.effective_entries, param, names) if names else nothing
+                if in_place:
+                    hold = Hold(self.base_parameter(param), made_of)
+                    tensor = hold.write(patch)
                     holds.append(hold)
                 elif names or any_held():
                     tensor = self.effective(param, adapter_names)

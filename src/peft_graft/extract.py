@@ -267,6 +267,7 @@ def _complete(peft_model: PeftModel, kept: _Kept, eligible: int, exact: bool) ->
     config, state = peft_model.peft_config[_ADAPTER], peft_model.base_model.states[_ADAPTER]
     config.eligible, config.entries = eligible, kept.entries
     config.fingerprint = Fingerprint.compute(kept.base).to_dict()
+    kept.base.clear()  # unmapped before the rest is read
     if exact:
         config.provenance = {**(config.provenance or {}), "exact": True}
     state.packed, state.awaits_file, state.ready = kept.packed, False, True

@@ -288,7 +288,8 @@ class PatchedRun:
     def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_grad_enabled() and not is_traced() and len(args) == 1 and not kwargs:
             module = self.get_base_layer()
-            run, names = patched_run(module), self.effective_adapters("weight", adapter_names)
+            run = patched_run(module)
+            names = self.effective_adapters("weight", adapter_names) if run else []  # others may have no weight
             if run and names:
                 self._check(adapter_names)
                 biases = self.effective_adapters("bias", adapter_names) if "bias" in self.keys else []

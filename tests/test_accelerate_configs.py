@@ -11,6 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+HAS_FSDP2 = "fsdp_version" in vars(launch_command_parser().parse_args(["examples/graft.py"]))
 FOLDER = Path(__file__).parents[1] / "examples" / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 TYPES = {
@@ -35,11 +36,14 @@ def test_accelerate_reads_the_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_launcher_has_a_flag_for_every_line_about_an_engine(path: Path) -> None:
+    if path.stem == "fsdp2" and not HAS_FSDP2:
+        pytest.skip("FSDP2 needs accelerate >= 1.6")
     known = vars(launch_command_parser().parse_args(["examples/graft.py"])).keys()
     lines = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert {**lines.get("fsdp_config", {}), **lines.get("deepspeed_config", {})}.keys() <= known
 
 
+@pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 needs accelerate >= 1.6")
 def test_fsdp_is_version_2_with_sharded_checkpoints() -> None:
     flags = ["--config_file", str(FOLDER / "fsdp2.yaml"), "--num_processes", "2", "examples/graft.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))

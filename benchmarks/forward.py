@@ -19,12 +19,10 @@ from torch import nn
 import timing
 from peft_graft import GraftConfig
 
-LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
-
 
 def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Models in evaluation mode, by name."""
-    base = timing.build(shape, args.layers or LAYERS[shape], args)
+    base = timing.build(shape, args.layers or timing.LAYERS[shape], args)
     donor = timing.donor_of(base)
     models = {"base": base}
     for name, alpha in (("unmerged", 1.0), ("scaled", 2.5), ("merged", 1.0)):
@@ -49,9 +47,7 @@ def runner(model: nn.Module, ids: torch.Tensor, repeat: int, device: str) -> Cal
 
 def main() -> None:
     """Measure every shape and number of tokens, and write one row per contender."""
-    parser = timing.parser(__doc__, rounds=21)
-    parser.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(timing.SHAPES), help="models to shape")
-    parser.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
+    parser = timing.parser_of_shapes(__doc__, rounds=21)
     parser.add_argument("--tokens", nargs="+", default=["8x128", "1x128", "1x1"], help="batch x length")
     parser.add_argument("--density", type=float, default=1e-3, help="of the patch")
     args = parser.parse_args()
@@ -63,7 +59,8 @@ def main() -> None:
             batch, length = map(int, tokens.split("x"))
             ids, repeat = timing.tokens(batch, length, args.device), max(1, 256 // (batch * length))
             runs = {name: runner(model, ids, min(repeat, 20), args.device) for name, model in models.items()}
-            about = {"shape": shape, "layers": args.layers or LAYERS[shape], "tokens": tokens, "density": args.density}
+            layers = args.layers or timing.LAYERS[shape]
+            about = {"shape": shape, "layers": layers, "tokens": tokens, "density": args.density}
             found = timing.table(timing.race(runs, args.rounds, args.seed, args.device), reference="base")
             rows += [about | row | timing.facts(args) for row in found]
     timing.write_csv(args.out, rows)

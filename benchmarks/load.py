@@ -47,12 +47,7 @@ def timed(run: Callable[[], object]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and write one row per step."""
-    parser = timing.parser(__doc__, rounds=9)
-    parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--shape", default="llama", choices=sorted(timing.SHAPES), help="model to shape")
-    parser.add_argument("--layers", type=int, default=22, help="its layers; 22 are TinyLlama's")
-    parser.add_argument("--density", type=float, default=1e-3, help="of the patch")
-    args = parser.parse_args()
+    args = timing.parser_of_one(__doc__, rounds=9).parse_args()
     timing.start(args)
     base = timing.build(args.shape, args.layers, args).eval()
     with tempfile.TemporaryDirectory() as folder:

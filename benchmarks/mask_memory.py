@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 import timing
 from peft_graft import GraftConfig
 
-LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
 FACTOR = 10  # candidates per entry of the budget
 
 
@@ -76,15 +75,6 @@ def measure(model: nn.Module, ids: torch.Tensor, device: str, optimize: bool) ->
     return peak(lambda: step(model, ids, optimizer), device)
 
 
-def without_embeddings(base: nn.Module) -> nn.Module:
-    """A copy that trains all but the embeddings, as a graft does."""
-    model = copy.deepcopy(base)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.requires_grad_(False)
-    return model
-
-
 def graft(base: nn.Module, density: float) -> nn.Module:
     """A copy with a mask to learn, whose donor is gone."""
     config = GraftConfig(donor=timing.donor_of(base), density=density / FACTOR, candidates=FACTOR, selection="learned")
@@ -101,26 +91,19 @@ def make(name: str, base: nn.Module, shape: str) -> nn.Module:
         return graft(base, float(density))
     if method == "lora":
         return get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=timing.LINEARS[shape]))
-    return copy.deepcopy(base).requires_grad_(False) if name == "to inputs" else without_embeddings(base)
+    model = copy.deepcopy(base)
+    return model.requires_grad_(False) if name == "to inputs" else timing.freeze_embeddings(model)
 
 
 def main() -> None:
     """Measure every shape and write one row per contender."""
-    parser = timing.parser(__doc__, rounds=1)
-    parser.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(timing.SHAPES), help="models to shape")
-    parser.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument(
-        "--candidates", nargs="+", type=float, default=[1e-4, 1e-3, 1e-2, 5e-2], help="candidates as shares"
-    )
-    args = parser.parse_args()
+    args = timing.parser_of_training(__doc__, rounds=1).parse_args()
     rows = []
     for shape in args.shapes:
         timing.start(args)
-        base = timing.build(shape, args.layers or LAYERS[shape], args)
+        base = timing.build(shape, args.layers or timing.LAYERS[shape], args)
         ids = timing.tokens(args.batch, args.length, args.device)
-        about = {"shape": shape, "layers": args.layers or LAYERS[shape], "tokens": f"{args.batch}x{args.length}"}
+        about = {"shape": shape, "layers": args.layers or timing.LAYERS[shape], "tokens": f"{args.batch}x{args.length}"}
         names = ["to inputs", "to weights", *(f"graft {each:g}" for each in args.candidates), "lora r=8", "full"]
         peaks: dict[str, int] = {}
         for name in names:

@@ -21,7 +21,6 @@ from torch import nn
 import timing
 from peft_graft import GraftConfig
 
-LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
 FACTOR = 10  # candidates per entry of the budget
 
 
@@ -43,7 +42,7 @@ def stepper(model: nn.Module, ids: torch.Tensor, upstream: torch.Tensor, device:
 
 def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Models ready to train, by name."""
-    base = timing.build(shape, args.layers or LAYERS[shape], args)
+    base = timing.build(shape, args.layers or timing.LAYERS[shape], args)
     donor = timing.donor_of(base)
     models = {"full": copy.deepcopy(base)}
     for density in args.candidates:
@@ -56,9 +55,7 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     for name, model in models.items():
         embeddings = model.get_input_embeddings()
         if name == "full":
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    module.requires_grad_(False)
+            timing.freeze_embeddings(model)
         embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         model.train()
     return models
@@ -66,15 +63,7 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 
 def main() -> None:
     """Measure every shape and write one row per contender."""
-    parser = timing.parser(__doc__, rounds=15)
-    parser.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(timing.SHAPES), help="models to shape")
-    parser.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument(
-        "--candidates", nargs="+", type=float, default=[1e-4, 1e-3, 1e-2, 5e-2], help="candidates as shares"
-    )
-    args = parser.parse_args()
+    args = timing.parser_of_training(__doc__, rounds=15).parse_args()
     rows = []
     for shape in args.shapes:
         timing.start(args)
@@ -83,7 +72,7 @@ def main() -> None:
         with torch.no_grad():
             upstream = torch.randn_like(models["full"](input_ids=ids).last_hidden_state)
         steps = {name: stepper(model, ids, upstream, args.device) for name, model in models.items()}
-        about = {"shape": shape, "layers": args.layers or LAYERS[shape], "tokens": f"{args.batch}x{args.length}"}
+        about = {"shape": shape, "layers": args.layers or timing.LAYERS[shape], "tokens": f"{args.batch}x{args.length}"}
         found = timing.table(timing.race(steps, args.rounds, args.seed, args.device), reference="full")
         rows += [about | row | timing.facts(args) for row in found]
     timing.write_csv(args.out, rows)

@@ -68,12 +68,7 @@ def contenders(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure and write one row per way to switch."""
-    parser = timing.parser(__doc__, rounds=9)
-    parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--shape", default="llama", choices=sorted(timing.SHAPES), help="model to shape")
-    parser.add_argument("--layers", type=int, default=22, help="its layers; 22 are TinyLlama's")
-    parser.add_argument("--density", type=float, default=1e-3, help="of each patch")
-    args = parser.parse_args()
+    args = timing.parser_of_one(__doc__, rounds=9).parse_args()
     timing.start(args)
     with torch.no_grad():
         runs = contenders(args)

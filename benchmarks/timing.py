@@ -48,6 +48,7 @@ LINEARS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
 VOCAB_SIZE = 512
 
 
@@ -61,6 +62,43 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of the weights, the data and the order of the contenders")
     made.add_argument("--out", type=Path, help="csv file to write; printed in any case")
     return made
+
+
+def parser_of_shapes(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The same for benchmarks that go through several shapes, with a few layers of each."""
+    made = parser(doc, rounds)
+    made.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(SHAPES), help="models to shape")
+    made.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
+    return made
+
+
+def parser_of_training(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The same for steps of mask training, at several shares of candidates."""
+    made = parser_of_shapes(doc, rounds)
+    made.add_argument("--batch", type=int, default=8, help="sequences")
+    made.add_argument("--length", type=int, default=128, help="tokens of each")
+    made.add_argument(
+        "--candidates", nargs="+", type=float, default=[1e-4, 1e-3, 1e-2, 5e-2], help="candidates as shares"
+    )
+    return made
+
+
+def parser_of_one(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The same for patches on one model of a real size, in half precision."""
+    made = parser(doc, rounds)
+    made.set_defaults(dtype="bfloat16")
+    made.add_argument("--shape", default="llama", choices=sorted(SHAPES), help="model to shape")
+    made.add_argument("--layers", type=int, default=22, help="its layers; 22 are TinyLlama's")
+    made.add_argument("--density", type=float, default=1e-3, help="of each patch")
+    return made
+
+
+def freeze_embeddings(model: nn.Module) -> nn.Module:
+    """Let a model train all but its embeddings, as a graft does, and return it."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+    return model
 
 
 def start(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from .patch import PatchError
 from .placing import require_room, written_aside
 from .stored import StoredGraft
 from .tuner import GraftModel
-from .tuner.combine import combine
+from .tuner.combine import combine, head_problems
 
 _ADAPTER = "default"
 
@@ -152,10 +152,7 @@ def _head_source(grafts: Mapping[str, StoredGraft], chosen: str | None) -> str |
     for name in holders[1:]:
         other = grafts[name].heads
         if first.keys() != other.keys() or not all(torch.equal(first[key], other[key]) for key in first):
-            raise ValueError(
-                f"modules_to_save must be the same in all adapters, got different {sorted({*first, *other})}. "
-                "Say whose to take with modules_to_save_from."
-            )
+            raise ValueError(" ".join(head_problems(holders, chosen, sorted({*first, *other}))))
     return holders[0]
 
 

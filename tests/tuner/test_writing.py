@@ -286,8 +286,7 @@ class CountWrites(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_generating_writes_the_patch_once() -> None:
-    base, model = language_model()
+def assert_as_many_writes_for_more_tokens(model: nn.Module) -> None:
     merged = copy.deepcopy(model)
     merged.merge_adapter()
     counts = []
@@ -297,6 +296,11 @@ def test_generating_writes_the_patch_once() -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, generated(merged, tokens), strict=True))
         counts.append(writes.count)
     assert counts[0] == counts[1] > 0
+
+
+def test_generating_writes_the_patch_once() -> None:
+    base, model = language_model()
+    assert_as_many_writes_for_more_tokens(model)
     assert not writing._covers
     assert_same(parameters(model.unload()), parameters(base))
 
@@ -304,15 +308,7 @@ def test_generating_writes_the_patch_once() -> None:
 def test_without_a_task_type_the_patch_is_written_with_the_first_two_tokens() -> None:
     base = tiny_gpt2()
     model = graft(base, perturbed(base, scale=0.3), density=0.2, target_modules="all").eval()
-    merged = copy.deepcopy(model)
-    merged.merge_adapter()
-    counts = []
-    for tokens in (2, 7):
-        with CountWrites() as writes:
-            found = generated(model, tokens)
-        assert all(torch.equal(one, other) for one, other in zip(found, generated(merged, tokens), strict=True))
-        counts.append(writes.count)
-    assert counts[0] == counts[1] > 0
+    assert_as_many_writes_for_more_tokens(model)
     assert not writing._covers and not running._calls.stack
 
 

@@ -176,8 +176,7 @@ def _stitch(args: argparse.Namespace) -> None:
     from ..stitching import stitch_adapters
     from ..tables import size
 
-    options = {key: value for key, value in vars(args).items() if key not in ("command", "traceback")}
-    done = stitch_adapters(**options)
+    done = stitch_adapters(**_options(args))
     print(
         f"{done.directory}: {done.entries:,} entries, {size(done.nbytes)}; "
         f"taken by more than one of the {len(args.adapters)} adapters: {done.conflicts:,}"
@@ -248,8 +247,7 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 def _push(args: argparse.Namespace) -> None:
     from ..hub import push
 
-    options = {key: value for key, value in vars(args).items() if key not in ("command", "traceback")}
-    print(push(**options).commit_url)
+    print(push(**_options(args)).commit_url)
 
 
 # What several commands take
@@ -269,6 +267,11 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
 
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command itself was told, for a function whose arguments have the same names."""
+    return {key: value for key, value in vars(args).items() if key not in ("command", "traceback")}
 
 
 def _modules(names: list[str] | None) -> list[str] | str | None:

@@ -61,7 +61,7 @@ def combine(
     problems = [
         *_problems(tuner, adapters, adapter_name),
         *stitch_problems(len(adapters), weights, combination_type),
-        *_head_problems(adapters, modules_to_save_from, apart),
+        *head_problems(adapters, modules_to_save_from, apart),
     ]
     if problems:
         raise ValueError(" ".join(problems))
@@ -150,7 +150,8 @@ def _problems(tuner: PatchMaker, adapters: Sequence[str], adapter_name: str) -> 
         yield f"adapter_name must be a new one, got {adapter_name!r}. Delete that adapter, or choose another name."
 
 
-def _head_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
+def head_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
+    """Say what is wrong with the choice of modules to save, where those named in `apart` differ."""
     if chosen is not None and chosen not in adapters:
         yield f"modules_to_save_from must be one of the adapters, got {chosen!r}. Choose from {list(adapters)}."
     elif apart:

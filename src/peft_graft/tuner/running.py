@@ -200,9 +200,10 @@ class PatchedRun:
         glance = self._glance()
         if glance is None or self.aliases or self.disable_adapters:
             return None
-        if self._plan is None or self._plan[0] != glance:
-            self._plan = glance, self._make_plan()
-        plan = self._plan[1]
+        known = self._plan  # looked at once, because other threads make plans too
+        if known is None or known[0] != glance:
+            known = self._plan = glance, self._make_plan()
+        plan = known[1]
         for param, (_, patch) in (plan or {}).items():
             if patch is not nothing:
                 indices, values = patch()

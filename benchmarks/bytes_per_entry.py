@@ -22,9 +22,9 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 import timing
 from peft_graft import GraftConfig
-from peft_graft.anatomy import read_anatomy
-from peft_graft.export import export
-from peft_graft.extract import extract
+from peft_graft.workflows.export import export
+from peft_graft.workflows.extract import extract
+from peft_graft.workflows.inspect import read_anatomy
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 FILE = "adapter_model.safetensors"

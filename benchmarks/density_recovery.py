@@ -29,9 +29,9 @@ import tasks
 from graft import GraftArguments, batches, fit
 from make_donor import DonorArguments, make_donor
 from peft_graft import GraftConfig, fit_alpha, initialize_graft
-from peft_graft.metrics import Agreement
-from peft_graft.scoring import measure
-from peft_graft.selection import get_rule
+from peft_graft.analysis.metrics import Agreement
+from peft_graft.selection.rules import get_rule
+from peft_graft.training.measure import measure
 
 RULES = ("magnitude", "learned", "random", "path_taylor", "sigmoid")
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-5, 1e-1)

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_graft.hub import write_card
-from peft_graft.plots import density_recovery
+from peft_graft.analysis.plots import density_recovery
+from peft_graft.workflows.push import write_card
 
 ORDER = ("learned", "magnitude", "path_taylor", "sigmoid", "random")
 Rows = list[dict[str, str]]
@@ -95,7 +95,7 @@ def table(rows: Rows) -> str:
 
 
 def curve(rows: Rows, optimizer: str, title: str) -> dict[str, Any]:
-    """Accuracy by density of one optimizer's donors, as `peft_graft.plots.density_recovery` takes it."""
+    """Accuracy by density of one optimizer's donors, as `peft_graft.analysis.plots.density_recovery` takes it."""
     ends = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
     found = {key[1:]: value for key, value in groups(rows).items() if key[0] == optimizer}
     densities = sorted({density for density, _, _ in found})

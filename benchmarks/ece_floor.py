@@ -21,7 +21,7 @@ from peft import get_peft_model
 import tasks
 from density_recovery import Bench, embedded_donor
 from peft_graft import GraftConfig, fit_alpha
-from peft_graft.calibration import expected_calibration_error
+from peft_graft.analysis.calibration import expected_calibration_error
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def one_round(directory: Path, args: argparse.Namespace) -> dict[str, dict[str, 
         "read, one stream": lambda: timed(read, weights(directory)),
         "read, one stream a side": lambda: timed(read_both_sides, directory),
         "extract": lambda: run(extract, directory, args.threads),
-        "imports alone": lambda: run(["-c", "import peft_graft.extract"], directory, args.threads),
+        "imports alone": lambda: run(["-c", "import peft_graft.workflows.extract"], directory, args.threads),
     }.items():
         if not args.warm:
             forget(directory)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import timing
-from peft_graft.tuner.kernels import Kernel, choose_kernel, product_at
+from peft_graft.tuner.apply.sparse_grad import Kernel, choose_kernel, product_at
 
 DENSITIES = (1e-4, 1e-3, 3e-3, 1e-2, 5e-2, 1e-1, 2e-1)
 SHAPES = ((768, 768), (3072, 768), (2048, 2048), (5632, 2048))

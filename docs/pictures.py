@@ -19,12 +19,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from peft_graft.compose import scaled
-from peft_graft.donors import CheckpointDonor
-from peft_graft.localization import Place, locate
-from peft_graft.patch import Patch, TensorPatch
-from peft_graft.plots import COLORS, MARKERS, skill_map
-from peft_graft.selection import Evidence, get_rule, select
+from peft_graft.analysis.localization import Place, locate
+from peft_graft.analysis.plots import COLORS, MARKERS, skill_map
+from peft_graft.checkpoints.donor import CheckpointDonor
+from peft_graft.patch.combine import scaled
+from peft_graft.patch.patch import Patch, TensorPatch
+from peft_graft.selection.rules import Evidence, get_rule, select
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

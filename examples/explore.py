@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import tasks
 from graft import ADAPTER_FILES, DONOR_ROWS, GraftArguments, fit, own_donor
 from peft_graft import GraftConfig
-from peft_graft.localization import Place, locate
-from peft_graft.metrics import Agreement
-from peft_graft.patch import Patch
-from peft_graft.plots import density_recovery, skill_map
+from peft_graft.analysis.localization import Place, locate
+from peft_graft.analysis.metrics import Agreement
+from peft_graft.analysis.plots import density_recovery, skill_map
+from peft_graft.patch.patch import Patch
 
 # Rules that answer within a minute on a small model; `sigmoid` does not.
 RULES = ("learned", "magnitude", "path_taylor", "taylor", "fisher", "wanda", "random")

@@ -37,9 +37,9 @@ from transformers import (
 import tasks
 from make_donor import DonorArguments, make_donor
 from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
-from peft_graft.hub import write_card
-from peft_graft.metrics import Agreement
-from peft_graft.training import last_checkpoint
+from peft_graft.analysis.metrics import Agreement
+from peft_graft.training.initialize import last_checkpoint
+from peft_graft.workflows.push import write_card
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DONOR_ROWS = 2048  # that a donor made here is trained on

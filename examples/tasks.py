@@ -24,7 +24,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from peft_graft.metrics import F1, Accuracy, ExpectedCalibrationError
+from peft_graft.analysis.metrics import F1, Accuracy, ExpectedCalibrationError
 
 DOCSTRINGS = "docstrings"
 LIBRARIES = ("numpy", "sklearn", "torch", "transformers")

@@ -36,7 +36,7 @@ from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
 from models import inputs, perturbed, tiny_gpt2, tiny_llama, tiny_mamba, tiny_vit  # noqa: E402
 from peft_graft import AlphaCallback, GraftConfig, fit_alpha, initialize_graft  # noqa: E402
-from peft_graft.tuner.sharding import is_sharded  # noqa: E402
+from peft_graft.tuner.backends.sharded import is_sharded  # noqa: E402
 
 BATCH = 4
 

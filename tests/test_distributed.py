@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState, PartialState
 
 import on_ranks
 from learning import learner, trainer
-from peft_graft.training import last_checkpoint
-from peft_graft.tuner.checkpoint import COMPLETE
+from peft_graft.training.initialize import last_checkpoint
+from peft_graft.tuner.trainer import COMPLETE
 from test_examples import world  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]

@@ -28,8 +28,8 @@ def _is_command_line() -> bool:
 
 # The command line imports what a command needs, when it runs: `peft-graft --help` must not wait for torch and peft.
 if not _is_command_line():
-    from .deltas import DonorError
-    from .patch import Patch, PatchError
-    from .selection import RULES, SelectionError
-    from .training import AlphaCallback, fit_alpha, initialize_graft
+    from .checkpoints.pairing import DonorError
+    from .patch.patch import Patch, PatchError
+    from .selection.rules import RULES, SelectionError
+    from .training.initialize import AlphaCallback, fit_alpha, initialize_graft
     from .tuner import GraftConfig, GraftModel

@@ -13,8 +13,8 @@ from peft import PeftConfig, PeftModel
 from grafts import graft, held
 from models import perturbed, tiny_bert
 from peft_graft import RULES, DonorError, GraftConfig
-from peft_graft.deltas import ModuleDonor
-from peft_graft.selection import Rule, magnitude
+from peft_graft.checkpoints.pairing import ModuleDonor
+from peft_graft.selection.rules import Rule, magnitude
 
 
 @pytest.mark.parametrize(

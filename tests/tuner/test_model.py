@@ -17,7 +17,7 @@ from torch import nn
 from grafts import DTYPES, FAMILIES, MLP, TASKS, assert_same, graft, held, largest, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_roberta, tiny_t5
 from peft_graft import DonorError, GraftConfig, SelectionError
-from peft_graft.tuner import making
+from peft_graft.tuner import build_patch
 
 EVERY = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -362,6 +362,6 @@ def test_a_large_donor_shows_a_progress_bar(capfd: pytest.CaptureFixture[str], m
     base = MLP()
     graft(base, perturbed(base), density=0.1)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(making, "MANY_ENTRIES", 1)
+    monkeypatch.setattr(build_patch, "MANY_ENTRIES", 1)
     graft(base, perturbed(base), density=0.1)
     assert "reading MLP" in capfd.readouterr().err

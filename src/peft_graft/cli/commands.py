@@ -68,9 +68,9 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _extract(args: argparse.Namespace) -> None:
     with reading_ahead(args.base, args.donor):
-        from ..extract import extract
-        from ..tables import size
         from ..tuner import GraftConfig
+        from ..workflows.extract import extract
+        from ..workflows.format import size
 
     config = GraftConfig(
         donor=args.donor,
@@ -113,7 +113,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from ..anatomy import read_anatomy
+    from ..workflows.inspect import read_anatomy
 
     found = read_anatomy(args.adapter, args.revision)
     print(_dumps(found.to_dict()) if args.json else found.to_text())
@@ -132,7 +132,7 @@ def _diff(args: argparse.Namespace) -> None:
     with reading_ahead(args.base, args.donor):
         from tqdm import tqdm
 
-        from ..closeness import compare
+        from ..workflows.diff import compare
 
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=not sys.stderr.isatty()) as bar:
 
@@ -173,8 +173,8 @@ def _stitch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stitch(args: argparse.Namespace) -> None:
-    from ..stitching import stitch_adapters
-    from ..tables import size
+    from ..workflows.format import size
+    from ..workflows.stitch import stitch_adapters
 
     done = stitch_adapters(**_options(args))
     print(
@@ -204,8 +204,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ..export import export
-    from ..tables import table
+    from ..workflows.export import export
+    from ..workflows.format import table
 
     done = export(
         args.adapter,
@@ -245,7 +245,7 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from ..hub import push
+    from ..workflows.push import push
 
     print(push(**_options(args)).commit_url)
 

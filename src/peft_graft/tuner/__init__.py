@@ -4,11 +4,11 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
-from .._register import GRAFT
+from ..peft_compat.register import GRAFT
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear
 from .model import GraftModel
-from .sidecar import Sidecar
+from .parameter_hooks import Sidecar
 
 __all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "Sidecar"]
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 from torch import nn
 
-from .._register import GRAFT
-from ..card import refresh_card
-from ..naming import make_public
-from ..selection import RULES
+from ..adapter_files import refresh_card
+from ..adapter_files.hub_names import make_public
+from ..peft_compat.register import GRAFT
+from ..selection.rules import RULES
 
 _SCOPES = ("global", "tensor")
 _GRANULARITIES = ("entry", "tensor", "layer")
@@ -159,7 +159,7 @@ class GraftConfig(PeftConfig):
         """Return the configuration as a JSON-able dictionary; a donor in memory becomes its name."""
         plain = copy.copy(self)
         if isinstance(plain.donor, nn.Module) or hasattr(plain.donor, "get"):
-            from ..deltas import open_donor
+            from ..checkpoints.pairing import open_donor
 
             plain.donor = open_donor(plain.donor).name
         elif plain.donor is not None:

@@ -10,15 +10,15 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..compose import align, scaled, spread, total
-from .facade import Facade
-from .kernels import Part
+from ..patch.combine import align, scaled, spread, total
+from .apply.forward import PatchedRun
+from .apply.in_place import is_held, overwrite, own_copy, own_entries, restore_copy, restored, undisturbed
+from .apply.per_row import Rows
+from .apply.sparse_grad import Part
+from .backends.offloaded import real_parameter
+from .backends.sharded import UNGATHERED, is_sharded, require_whole, whole
 from .mask import Changes, GraftState, Slot, straight_through
-from .offload import real_parameter
-from .rows import Rows
-from .running import PatchedRun
-from .sharding import UNGATHERED, is_sharded, require_whole, whole
-from .writing import is_held, overwrite, own_copy, own_entries, restore_copy, restored, undisturbed
+from .module_proxy import Facade
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import save_and_load
 
-from .._register import GRAFT
+from ..peft_compat.register import GRAFT
 
 _HOLDERS = ("peft", "peft.functional", "peft.peft_model", "peft.utils", "peft.utils.save_and_load")
 

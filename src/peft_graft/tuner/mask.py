@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .. import ranks
-from ..donors import MAX_LISTED
-from ..selection import SelectionError, top_k_mask
-from .sharding import copy_into, is_partitionable, is_sharded, whole, whole_shape
+from ..checkpoints.donor import MAX_LISTED
+from ..selection.rules import SelectionError, top_k_mask
+from .backends import collectives
+from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -255,12 +255,12 @@ class GraftState:
 
     def start_forward(self) -> None:
         """Look at the logits again: the optimizers of FSDP and DeepSpeed change them without a trace."""
-        if ranks.joined() and (torch.is_grad_enabled() or self.settled_masks() is None):
+        if collectives.joined() and (torch.is_grad_enabled() or self.settled_masks() is None):
             self.invalidate()
 
     def change_mode(self) -> None:
         """Look at the logits again: every training loop changes the mode, whatever else it does."""
-        if not ranks.joined():  # there `start_forward` does it, and a rank may change its mode alone
+        if not collectives.joined():  # there `start_forward` does it, and a rank may change its mode alone
             self.invalidate()
 
     def settle(self) -> None:

@@ -14,26 +14,26 @@ from peft.utils.other import _get_submodules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..compose import conflicts
-from ..deltas import Donor, DonorError
-from ..patch import Patch, PatchError
-from ..selection import resolve_budget
-from . import storage
-from .combine import combine, read_patch
+from ..checkpoints.pairing import Donor, DonorError
+from ..patch.combine import conflicts
+from ..patch.patch import Patch, PatchError
+from ..selection.rules import resolve_budget
+from .apply.forward import calling
+from .apply.mixed import rows_of
+from .backends.offloaded import identity, own_names, require_memory
+from .backends.quantized import GraftQuantizedLinear, find_backend, require_float
+from .backends.sharded import gather_with, is_partitionable
+from .build_patch import PatchMaker, Target
 from .config import GraftConfig
 from .exclusive import GraftConfigs, require_no_other_method
-from .heads import copy_heads, name_heads
 from .layer import GraftLayer, GraftLinear, own_parameters
-from .making import PatchMaker, Target
 from .mask import GraftState
-from .mixed import rows_of
-from .offload import identity, own_names, require_memory
+from .modules_to_save import copy_heads, name_heads
+from .parameter_hooks import SIDECAR, Sidecar
 from .publishing import keep_card, watch_trainers
-from .quantized import GraftQuantizedLinear, find_backend, require_float
-from .running import calling
-from .sharding import gather_with, is_partitionable
-from .sidecar import SIDECAR, Sidecar
+from .state_dict import pack, unpack
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
+from .weighted import combine, read_patch
 
 
 class GraftModel(PatchMaker, BaseTuner):
@@ -361,7 +361,7 @@ class GraftModel(PatchMaker, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         keep_card(model)
-        return storage.pack(model, config, adapter_name, state_dict)
+        return pack(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -372,6 +372,6 @@ class GraftModel(PatchMaker, BaseTuner):
             for tuner in model.modules():
                 if isinstance(tuner, cls) and tuner.states[adapter_name].awaits_file:
                     undo.callback(tuner._undo_injection, adapter_name, {})
-            result = storage.unpack(model, config, adapter_name, state_dict)
+            result = unpack(model, config, adapter_name, state_dict)
             undo.pop_all()
         return result

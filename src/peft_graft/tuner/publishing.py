@@ -17,10 +17,10 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import TrainerCallback
 
-from ..card import CARD_FILE, read_saved, refresh_card
-from ..naming import make_public
-from .checkpoint import register_with_trainer
+from ..adapter_files import CARD_FILE, read_saved, refresh_card
+from ..adapter_files.hub_names import make_public
 from .config import GraftConfig
+from .trainer import register_with_trainer
 
 
 def watch_trainers() -> None:

@@ -17,9 +17,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
-from .quantized import find_backend
-from .sidecar import SIDECAR
+from .parameter_hooks import SIDECAR
 
 if TYPE_CHECKING:
     from .config import GraftConfig

@@ -1,0 +1,1 @@
+"""Compute numbers and draw pictures of patches, checkpoints and predictions."""

@@ -1,0 +1,228 @@
+"""A model without values, and checkpoints seen in its names: what transformers renames or joins while loading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .donor import CheckpointDonor, DonorError, Extent
+
+
+def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
+    """Return the class that a checkpoint was saved from.
+
+    Args:
+        config: The checkpoint's configuration.
+        name: What the checkpoint is called, for the error message.
+
+    Raises:
+        DonorError: It is none of transformers'.
+    """
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise DonorError(
+        f"architectures must name a model of transformers, got {config.architectures!r} in config.json of {name!r}. "
+        "Load both models yourself and use get_peft_model(base, GraftConfig(donor=model, ...))."
+    )
+
+
+def read_config(source: str | os.PathLike[str], revision: str | None = None) -> PretrainedConfig | None:
+    """Read a checkpoint's configuration; None where it is a file without one."""
+    if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / "config.json").is_file()):
+        return None
+    return AutoConfig.from_pretrained(source, revision=revision or "main")
+
+
+def build_skeleton(
+    base: str | os.PathLike[str],
+    revision: str | None = None,
+    like: PretrainedConfig | None = None,
+    model_type: Any = None,
+) -> PreTrainedModel:
+    """Build the base as transformers would load it, without its values: they are on the meta device and are not read.
+
+    Args:
+        base: A directory or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        like: Configuration of a fine-tuned model of the base, whose class and number of labels to take.
+        model_type: A class with `from_pretrained`, such as an auto class; by default that of `like`, or the base's own.
+
+    Returns:
+        The model, in the dtypes that `from_pretrained(base)` gives it, tied where it ties.
+
+    Raises:
+        DonorError: The base is quantized, or of no architecture of transformers.
+        OSError: There is no such base.
+    """
+    config = read_config(base, revision)
+    if config is None:
+        raise DonorError(f"base must be a directory with config.json or a Hub id, got {os.fspath(base)!r}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise DonorError(f"base must be in a float dtype, got the quantized {os.fspath(base)!r}. Use the original.")
+    if like is not None and like.model_type != config.model_type:
+        like = None  # another architecture; the tensors will tell
+    elif like is not None:
+        config.num_labels = like.num_labels or 0
+    cls = model_type or model_class(like or config, os.fspath(base))
+    with _quiet():
+        return cls.from_pretrained(
+            base, config=config, revision=revision or "main", device_map="meta", ignore_mismatched_sizes=True
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report on values that it believes to be loading."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class ModelView:
+    """A checkpoint whose tensors bear the names that they have in a model.
+
+    Experts that a checkpoint stores one by one and a model holds as one tensor appear as that tensor. Forms that take
+    arithmetic to convert, or that reorder entries within a tensor, are refused when they are asked for.
+
+    Args:
+        checkpoint: The files.
+        model: The model, with or without adapters, and with or without values (meta device).
+
+    Attributes:
+        name: The checkpoint's name.
+        role: The checkpoint's role.
+        revision: The checkpoint's revision.
+    """
+
+    def __init__(self, checkpoint: CheckpointDonor, model: nn.Module) -> None:
+        self.name, self.role, self.revision = checkpoint.name, checkpoint.role, checkpoint.revision
+        self._checkpoint = checkpoint
+        self._stored: dict[str, list[str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._refused: dict[str, str] = {}
+        state = _plain_state(model)
+        collected = _collect(checkpoint.names(), model, state)
+        for target, (converter, sources) in collected.items():
+            if converter is None:
+                stored = [key for keys in sources.values() for key in keys][:1]
+            else:
+                stored = _in_flat_order(converter, list(sources.values()))
+            if stored:
+                self._stored[target] = stored
+                shape = self._checkpoint.shape(stored[0])
+                self._shapes[target] = shape if converter is None else tuple(state[target].shape)
+            elif converter is not None:
+                self._refused[target] = ", ".join(type(operation).__name__ for operation in converter.operations)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, as the files state it."""
+        return self._shapes[name]
+
+    def stored_names(self, name: str) -> list[str]:
+        """Return the names in the files of the tensors that follow each other in this one's flat order."""
+        return self._stored[name]
+
+    def all_extents(self) -> dict[str, Extent]:
+        """Return where every tensor of the files stands, by its name in the files."""
+        return {name: self._checkpoint.extent(name) for name in self._checkpoint.names()}
+
+    def extents(self, name: str) -> list[Extent]:
+        """Return where the tensor's entries stand, in its flat order."""
+        return [self._checkpoint.extent(stored) for stored in self._stored[name]]
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+        parts = [self._checkpoint.get(stored) for stored in self._stored[name]]
+        return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]).view(self._shapes[name])
+
+    def require_plain(self, names: Sequence[str]) -> None:
+        """Refuse tensors that transformers computes from the files' while it loads them.
+
+        Raises:
+            DonorError: Names them and says what is done to them.
+        """
+        bad = {name: self._refused[name] for name in names if name in self._refused}
+        if bad:
+            name, what = next(iter(bad.items()))
+            raise DonorError(
+                f"{self.role} tensors must stand in the files as they do in the model, got {name!r} of {self.name!r}, "
+                f"which transformers converts while loading ({what}; {len(bad)} such tensors). Leave them out with "
+                "exclude_modules, or load both models and use get_peft_model(base, GraftConfig(donor=model, ...))."
+            )
+
+
+def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict as it was before adapters were added."""
+    return {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for key, tensor in model.state_dict().items()
+        if not {"graft_patch", "modules_to_save"} & {*key.split(".")}
+    }
+
+
+def _collect(
+    keys: Sequence[str], model: nn.Module, state: dict[str, torch.Tensor]
+) -> dict[str, tuple[WeightConverter | None, dict[str, list[str]]]]:
+    """Sort a checkpoint's keys by the model's tensor that they become part of, as transformers does when it loads them.
+
+    Returns:
+        By the model's tensor: what converts them, and keys by the converter's source pattern.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {key: (None, {key: [key]}) for key in keys}
+    prefix = model.base_model_prefix
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, tuple[WeightConverter | None, dict[str, list[str]]]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if target not in state and key in state:
+            target, pattern = key, None
+        converter = None if pattern is None else by_pattern[pattern]
+        sources: dict[str, list[str]] = {} if converter is None else {each: [] for each in converter.source_patterns}
+        found.setdefault(target, (converter, sources))[1].setdefault(pattern or key, []).append(key)
+    return found
+
+
+def _in_flat_order(converter: WeightConverter, sources: list[list[str]]) -> list[str]:
+    """The keys in the order in which their entries follow each other in the joined tensor; none if they do not."""
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    if operations == [(MergeModulelist, 0)] and len(sources) == 1:
+        return sources[0]
+    if operations == [(MergeModulelist, 0), (Concatenate, 1)] and len({len(keys) for keys in sources}) == 1:
+        return [key for keys in zip(*sources, strict=True) for key in keys]
+    if operations == [(Concatenate, 0)]:
+        return [key for keys in sources for key in keys]
+    return []

@@ -1,0 +1,226 @@
+"""The streams of (name, base, donor), tensor by tensor, that every delta is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from .donor import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    MAX_LISTED,
+    WEIGHTS_FILE,
+    CheckpointDonor,
+    Donor,
+    DonorError,
+    ModuleDonor,
+    ZerosDonor,
+    open_donor,
+)
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "CheckpointDonor",
+    "Donor",
+    "DonorError",
+    "ModuleDonor",
+    "Triple",
+    "ZerosDonor",
+    "count_nonfinite",
+    "nothing_to_graft",
+    "open_donor",
+    "resolve_names",
+    "stream",
+]
+
+# The names that TensorFlow gave to the parameters of LayerNorm, still found in old BERT checkpoints.
+_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+class Triple(NamedTuple):
+    """One tensor of the base beside the donor's.
+
+    Attributes:
+        name: The tensor's name in the base.
+        base: The base's tensor, as it was given.
+        donor: The donor's tensor of the same shape, on the CPU, in the donor's dtype.
+    """
+
+    name: str
+    base: torch.Tensor
+    donor: torch.Tensor
+
+
+def resolve_names(
+    wanted: Mapping[str, tuple[int, ...]],
+    donor: Donor,
+    prefixes: Sequence[str] = (),
+    aliases: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
+    """Find the donor's tensor for every wanted tensor of the base.
+
+    Args:
+        wanted: Shape of each wanted base tensor, by name.
+        donor: Where to look. `ZerosDonor` has every name.
+        prefixes: Module prefixes that either side may lack, such as `("bert",)` for `bert.encoder.x` and `encoder.x`.
+        aliases: Other names of the same base parameter (tied weights), used where the donor lacks the first.
+
+    Returns:
+        Base tensor name -> donor tensor name, with the same keys as `wanted`.
+
+    Raises:
+        DonorError: If tensors are missing or have another shape; all of them are looked at first, so that the message
+            can tell another architecture from a resized vocabulary.
+    """
+    if isinstance(donor, ZerosDonor):
+        return {name: name for name in wanted}
+    present = set(donor.names())
+    aliases = aliases or {}
+    found = {name: name for name in wanted if name in present}
+    # A tensor that bears a wanted name is that tensor, never a stand-in for another.
+    free = present - found.keys()
+    for name in sorted(wanted.keys() - found.keys()):
+        others = aliases.get(name, ())
+        candidates = (c for known in (name, *others) for c in _spellings(known, prefixes))
+        match = next((c for c in candidates if c in free or (c in others and c in present)), None)
+        if match is not None:
+            found[name] = match
+            free.discard(match)
+    missing = sorted(wanted.keys() - found.keys())
+    misfits = {
+        name: (tuple(wanted[name]), tuple(donor.shape(found[name])))
+        for name in sorted(found)
+        if tuple(donor.shape(found[name])) != tuple(wanted[name])
+    }
+    if missing or misfits:
+        raise DonorError(_misfit_message(donor, len(wanted), missing, misfits))
+    return found
+
+
+def stream(
+    base: Mapping[str, torch.Tensor], donor: Donor, names: Mapping[str, str] | None = None, progress: bool = False
+) -> Iterator[Triple]:
+    """Yield the base's tensors beside the donor's, one at a time.
+
+    Args:
+        base: Floating-point tensors by name. With `names` each is looked up once, when its turn comes, so the mapping
+            may be a lazy one.
+        donor: Where the other side comes from; no more than one of its tensors is held at a time.
+        names: Base tensor name -> donor tensor name, from `resolve_names`; by default it is called here.
+        progress: Show a progress bar.
+
+    Returns:
+        An iterator over `Triple`, in sorted order of the base's names.
+
+    Raises:
+        DonorError: If the donor does not fit the base (at once), or if a tensor is not of a floating-point dtype, has
+            another shape, or holds NaN or Inf (when its turn comes).
+    """
+    if names is None:
+        names = resolve_names({name: tuple(tensor.shape) for name, tensor in base.items()}, donor)
+    return _triples(base, donor, names, progress)
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Count the NaN and infinite entries of a floating-point tensor."""
+    # One reading pass settles the usual case: a finite sum has only finite terms. A sum may overflow, hence the count.
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return 0 if bool(torch.isfinite(total)) else int((~torch.isfinite(tensor)).sum())
+
+
+def nothing_to_graft(donor: Donor, num_params: int) -> DonorError:
+    """Build the error for a donor that equals the base in all eligible entries.
+
+    Args:
+        donor: The donor.
+        num_params: How many entries were compared.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return DonorError(
+        f"donor must differ from the base in the targeted modules, got {donor.name!r}, which equals it in all "
+        f"{num_params:,} entries: there is nothing to graft. Check that base and donor are not the same checkpoint, "
+        "and that target_modules covers what was fine-tuned."
+    )
+
+
+def _triples(
+    base: Mapping[str, torch.Tensor], donor: Donor, names: Mapping[str, str], progress: bool
+) -> Iterator[Triple]:
+    for name in tqdm(sorted(names), desc=f"reading {donor.name}", unit="tensor", disable=not progress):
+        ours = base[name]
+        theirs = torch.zeros_like(ours, device="cpu") if isinstance(donor, ZerosDonor) else donor.get(names[name])
+        for side, tensor in (("base", ours), ("donor", theirs)):
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise DonorError(
+                    f"{side} tensors must be float64, float32, float16 or bfloat16, got {tensor.dtype} in {name!r}. "
+                    "Quantized and integer tensors cannot be grafted: load full-precision weights, or exclude it."
+                )
+        if theirs.shape != ours.shape:
+            raise DonorError(
+                f"donor tensors must have the base's shape, got {tuple(theirs.shape)} for {tuple(ours.shape)} in "
+                f"{name!r} of {donor.name!r}."
+            )
+        if bad := count_nonfinite(theirs):
+            raise DonorError(
+                f"donor tensors must be finite, got {bad:,} NaN or Inf among {theirs.numel():,} entries of {name!r} in "
+                f"{donor.name!r}. Its training has probably diverged: use an earlier checkpoint."
+            )
+        yield Triple(name, ours, theirs)
+
+
+def _spellings(name: str, prefixes: Sequence[str]) -> Iterator[str]:
+    names = [name]
+    for prefix in prefixes:
+        dotted = prefix.rstrip(".") + "."
+        names.append(name.removeprefix(dotted) if name.startswith(dotted) else dotted + name)
+    yield from names
+    for new, old in _OLD_NORM_NAMES.items():
+        for spelling in names:
+            if spelling == new or spelling.endswith("." + new):
+                yield spelling.removesuffix(new) + old
+
+
+def _misfit_message(
+    donor: Donor,
+    num_wanted: int,
+    missing: Sequence[str],
+    misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    first = {name: misfits[name] for name in list(misfits)[:MAX_LISTED]}
+    shapes = "; ".join(f"{name}: {ours} in the base, {theirs} in the donor" for name, (ours, theirs) in first.items())
+    more = f" and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
+    if not missing and _only_rows_differ(misfits):
+        ours, theirs = next(iter(misfits.values()))
+        modules = sorted({name.rpartition(".")[0] for name in misfits})
+        return (
+            f"donor must have as many rows as the base, got a resized vocabulary (or number of labels), {ours[0]} in "
+            f"the base and {theirs[0]} in the donor {donor.name!r} ({shapes}{more}). Resize the base first, with "
+            f"resize_token_embeddings({theirs[0]}) or num_labels, or leave the modules out: exclude_modules={modules}."
+        )
+    role, other = ("base", "model") if getattr(donor, "role", "") == "base" else ("donor", "base")
+    parts = []
+    if missing:
+        listed = ", ".join(missing[:MAX_LISTED]) + (", ..." if len(missing) > MAX_LISTED else "")
+        parts.append(f"{len(missing)} of {num_wanted} tensors missing ({listed})")
+    if misfits:
+        parts.append(f"{len(misfits)} of another shape ({shapes}{more})")
+    if num_wanted - len(missing) - len(misfits) < num_wanted / 2:
+        remedy = "This is not the same architecture: a donor is the same model as the base, fine-tuned."
+    else:
+        remedy = "Use the checkpoint that was fine-tuned from this base, or leave the modules out with exclude_modules."
+    return (
+        f"{role} must hold every targeted tensor of the {other}, got {donor.name!r} with {', '.join(parts)}. {remedy}"
+    )
+
+
+def _only_rows_differ(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Say whether all misfits are explained by one changed number of rows, as of a vocabulary."""
+    rows = {(ours[:1], theirs[:1]) for ours, theirs in misfits.values()}
+    return len(rows) == 1 and all(len(a) == len(b) >= 1 and a[1:] == b[1:] for a, b in misfits.values())

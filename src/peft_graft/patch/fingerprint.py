@@ -1,0 +1,199 @@
+"""The fingerprint of a base: what tells the model that a patch was made for from any other."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoints.donor import FLOAT_DTYPES
+from .index_codec import PatchError, broken
+
+NUM_SAMPLES = 64
+_ALIKE = 0.9  # cosine of values and of what quantization makes of them: 4 bits leave 0.99
+
+_DTYPE_NAMES = frozenset(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the base's values at the patched positions were, to tell the right base from a wrong one.
+
+    Attributes:
+        dtype: The base's dtype, such as "float32"; where its tensors differ, runs over the sorted names, such as
+            "bfloat16*12,float32*3".
+        sha256: Hex digest over name, dtype, count and bytes of every patched tensor, in sorted order of the names.
+        sample: Base64 of up to 64 entries as little-endian float64, evenly spaced over all.
+        count: How many entries there are.
+    """
+
+    dtype: str
+    sha256: str
+    sample: str
+    count: int
+
+    @classmethod
+    def compute(cls, base_entries: Mapping[str, torch.Tensor]) -> Fingerprint:
+        """Take the fingerprint of a base.
+
+        Args:
+            base_entries: By tensor name, the base's values at the patched positions: floating-point of shape (n,).
+
+        Returns:
+            The fingerprint.
+        """
+        digest, dtypes, entries = hashlib.sha256(), [], _in_order(base_entries)
+        for name, values in zip(sorted(base_entries), entries, strict=True):
+            dtypes.append(_dtype_name(values.dtype, name))
+            digest.update(f"{name}\0{dtypes[-1]}\0{values.numel()}\0".encode())
+            digest.update(values.view(torch.uint8).numpy().data)
+        sample, _, count = _sampled(entries)
+        return cls(_join_runs(dtypes), digest.hexdigest(), base64.b64encode(sample.numpy().tobytes()).decode(), count)
+
+    def matches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> bool:
+        """Say whether a base is the one that this fingerprint was taken of, in this or another float dtype.
+
+        In the same dtype every bit must agree. In another one the sample must agree once both sides are cast to the
+        coarser dtype; between float16 and bfloat16, of which neither holds the other, within one unit in the last
+        place of bfloat16 or 2**-24. What quantization has rounded must point in the same direction only: that tells
+        another model, but not a relative of this one.
+
+        Args:
+            base_entries: As in `compute`.
+            rounded: Names of the tensors that are quantized.
+
+        Returns:
+            True if it is.
+        """
+        now = Fingerprint.compute(base_entries)
+        if not rounded and (now.count, now.dtype) == (self.count, self.dtype):
+            return now.sha256 == self.sha256
+        return self.mismatches(base_entries, rounded) == 0
+
+    def mismatches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> int:
+        """Count the sampled entries in which a base differs (all of them where the number of entries does)."""
+        entries = _in_order(base_entries)
+        now, owners, count = _sampled(entries)
+        names = _split_runs(self.dtype, len(entries))
+        if count != self.count or names is None:
+            return min(NUM_SAMPLES, max(count, self.count))
+        then = torch.tensor(np.frombuffer(base64.b64decode(self.sample), "<f8"))
+        same = torch.ones(len(now), dtype=torch.bool)
+        tensors = sorted(base_entries)
+        inexact = torch.tensor([tensors[owner] in rounded for owner in owners], dtype=torch.bool)
+        if inexact.any():
+            same[inexact] = torch.cosine_similarity(then[inexact], now[inexact], dim=0) >= _ALIKE
+        for i, owner in enumerate(owners):
+            if not inexact[i]:
+                same[i] = _agree(then[i], getattr(torch, names[owner]), now[i], entries[owner].dtype)
+        return int((~same).sum())
+
+    def require(
+        self, base_entries: Mapping[str, torch.Tensor], base_name: str | None = None, rounded: Collection[str] = ()
+    ) -> None:
+        """Refuse a base that does not match.
+
+        Args:
+            base_entries: As in `compute`.
+            base_name: What the right base is called.
+            rounded: As in `matches`.
+
+        Raises:
+            PatchError: If the base does not match.
+        """
+        if self.matches(base_entries, rounded):
+            return
+        differing = self.mismatches(base_entries, rounded)
+        found = f"{differing} of {min(NUM_SAMPLES, self.count)} samples" if differing else "their hash"
+        load = f"Load {base_name!r}" if base_name else "Load the base that it was made from"
+        raise PatchError(
+            "base must be the model that this patch was made for, got values that differ at the patched positions "
+            f"({found}). {load}, at the same revision and before any fine-tuning or merging."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
+        """Read what `to_dict` returned.
+
+        Args:
+            fields: The fields; others are passed over.
+
+        Returns:
+            The fingerprint.
+
+        Raises:
+            PatchError: If a field is missing or malformed.
+        """
+        try:
+            made = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+            sampled = len(base64.b64decode(made.sample, validate=True))
+            if type(made.count) is not int or not 0 <= made.count or sampled != 8 * min(NUM_SAMPLES, made.count):
+                raise ValueError(f"{sampled} bytes of samples for {made.count} entries")
+            if len(bytes.fromhex(made.sha256)) != hashlib.sha256().digest_size or not isinstance(made.dtype, str):
+                raise ValueError(f"sha256 {made.sha256!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise PatchError(
+                f"fingerprint must be what Fingerprint.to_dict returned, got {error!r}. "
+                "Download the adapter's configuration again."
+            ) from error
+        return made
+
+
+def _in_order(base_entries: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [base_entries[name].detach().reshape(-1).cpu().contiguous() for name in sorted(base_entries)]
+
+
+def _dtype_name(dtype: torch.dtype, where: str) -> str:
+    if dtype not in FLOAT_DTYPES:
+        raise broken("base", "float64, float32, float16 or bfloat16", str(dtype), where)
+    return str(dtype).removeprefix("torch.")
+
+
+def _join_runs(names: Sequence[str]) -> str:
+    runs = [(name, len(list(group))) for name, group in groupby(names)]
+    return runs[0][0] if len(runs) == 1 else ",".join(f"{name}*{length}" for name, length in runs)
+
+
+def _split_runs(text: str, count: int) -> list[str] | None:
+    """Undo `_join_runs` for `count` names; None if it is malformed or for another number."""
+    if text in _DTYPE_NAMES:
+        return [text] * count
+    names: list[str] = []
+    for run in text.split(",") if text else ():
+        name, _, length = run.partition("*")
+        if name not in _DTYPE_NAMES or not length.isdecimal() or len(length) > 9 or len(names) + int(length) > count:
+            return None
+        names += [name] * int(length)
+    return names if len(names) == count else None
+
+
+def _sampled(entries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], int]:
+    """Sample evenly over all entries: their values in float64, the tensor that each is of, and how many there are."""
+    ends = np.cumsum([len(values) for values in entries], dtype=np.int64)
+    count = int(ends[-1]) if len(ends) else 0
+    size = min(NUM_SAMPLES, count)
+    positions = [i * count // size for i in range(size)]
+    owners = [int(owner) for owner in np.searchsorted(ends, positions, side="right")]
+    picked = [entries[o][p - int(ends[o])].to(torch.float64) for o, p in zip(owners, positions, strict=True)]
+    return torch.stack(picked) if picked else torch.zeros(0, dtype=torch.float64), owners, count
+
+
+def _agree(then: torch.Tensor, then_dtype: torch.dtype, now: torch.Tensor, now_dtype: torch.dtype) -> bool:
+    """Say whether two float64 scalars, of values held in two dtypes, can be roundings of one number."""
+    if {then_dtype, now_dtype} == {torch.float16, torch.bfloat16}:
+        a, b = (side.to(torch.bfloat16).to(torch.float64) for side in (then, now))
+        # bfloat16 has 8 significant bits; below 2**-14, float16 has steps of 2**-24.
+        ulp = 2.0 ** (int(torch.frexp(torch.maximum(a.abs(), b.abs())).exponent) - 8)
+        return bool(a == b) or bool((a - b).abs() <= max(ulp, 2.0**-24))
+    coarse = min(then_dtype, now_dtype, key=lambda dtype: dtype.itemsize)
+    return bool(then.to(coarse) == now.to(coarse))

@@ -1,0 +1,256 @@
+"""Patches: the replaced entries of tensors and their new values, and their file form."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..checkpoints.pairing import FLOAT_DTYPES, count_nonfinite
+from .fingerprint import Fingerprint
+from .index_codec import MAX_NUMEL, PatchError, broken, check_indices, decode_indices, encode_indices
+
+__all__ = ["Fingerprint", "Patch", "PatchError", "TensorPatch", "file_key", "parse_file_key"]
+
+KINDS = ("indices", "values", "logits", "alpha")
+
+_CONTAINER = "graft_patch"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPatch:
+    """The replaced entries of one tensor.
+
+    Attributes:
+        indices: int64 of shape (n,): flat (row-major) indices, strictly increasing.
+        values: Floating-point of shape (n,): what the entries become, in the donor's dtype.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+
+    def validate(self, name: str, numel: int = MAX_NUMEL) -> None:
+        """Check that this can be written into a tensor.
+
+        Args:
+            name: The tensor's name, for error messages.
+            numel: How many entries the tensor has.
+
+        Raises:
+            PatchError: If indices are unsorted, repeated or out of range, or the values are not as many, finite and
+                of a floating-point dtype.
+        """
+        check_indices(self.indices, numel, name)
+        if self.values.dtype not in FLOAT_DTYPES or self.values.shape != self.indices.shape:
+            got = f"{self.values.dtype} of shape {tuple(self.values.shape)}"
+            raise broken("values", f"floating-point of shape {tuple(self.indices.shape)}", got, name)
+        if bad := count_nonfinite(self.values):
+            raise broken("values", "finite", f"{bad} NaN or Inf", name)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Replacement values for chosen entries of a model's tensors.
+
+    Attributes:
+        tensors: The replaced entries by tensor name, `<module>.<param>`.
+        shapes: Shape of each tensor that may be patched, by name, where the base is known.
+    """
+
+    tensors: Mapping[str, TensorPatch]
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+    @property
+    def num_params(self) -> int:
+        """How many entries are replaced."""
+        return sum(part.indices.numel() for part in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the tensors take in a file, without its header. The indices are coded to find out."""
+        return sum(tensor.nbytes for tensor in self.to_tensors().values())
+
+    def validate(self) -> None:
+        """Check every tensor, against `shapes` where they are known.
+
+        Raises:
+            PatchError: If a tensor's patch is malformed, or a patched tensor is not among `shapes`.
+        """
+        for name, part in self.tensors.items():
+            part.validate(name, _numel(name, self.shapes))
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the patch as a state dict, as it stands in a file.
+
+        Returns:
+            Two tensors per patched one, on the CPU: `<module>.graft_patch.<param>_indices` (uint8, coded) and
+            `<module>.graft_patch.<param>_values` (the donor's dtype; of shape (n, 0) where all are +0 and n is small
+            enough for the coded indices to vouch for it).
+
+        Raises:
+            PatchError: If the patch is malformed.
+        """
+        self.validate()
+        state = {}
+        for name in sorted(self.tensors):
+            module, _, param = name.rpartition(".")
+            blob, values = encode_indices(self.tensors[name].indices), self.tensors[name].values.detach().cpu()
+            if 0 < values.numel() <= _vouched(blob) and not torch.any(values.contiguous().view(torch.uint8)):
+                values = values.new_empty(values.numel(), 0)
+            state[file_key(module, param, "indices")] = blob
+            state[file_key(module, param, "values")] = values.contiguous()
+        return state
+
+    @classmethod
+    def from_tensors(
+        cls, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Patch:
+        """Read a patch from a state dict, trusting nothing in it.
+
+        Args:
+            state: What an adapter file holds. Keys may start with PEFT's `base_model.model.`. Tensors that are not
+                part of a patch (`modules_to_save`) and a training checkpoint's mask logits and alphas are passed over.
+            shapes: Shape of each tensor that may be patched, by name. Without it, indices are only checked against
+                each other.
+
+        Returns:
+            The patch, validated.
+
+        Raises:
+            PatchError: If the patch is malformed; the message names the tensor.
+        """
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key in sorted(state):
+            parsed = parse_file_key(key)
+            if parsed is None:
+                continue
+            module, param, kind = parsed
+            name = f"{module}.{param}" if module else param
+            if kind in found.setdefault(name, {}):
+                raise broken(kind, "given once", f"a second time as {key!r}", name)
+            found[name][kind] = state[key]
+        tensors = {}
+        for name, kinds in found.items():
+            if kinds.keys() <= {"logits", "alpha"}:
+                continue
+            if not {"indices", "values"} <= kinds.keys():
+                raise broken("patched tensor", "given by indices and values", f"{sorted(kinds)}", name)
+            tensors[name] = _read_part(name, kinds["indices"], kinds["values"], _numel(name, shapes))
+        return cls(tensors, shapes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; an older file at `path` is replaced at once or not at all.
+
+        Args:
+            path: Where to write.
+
+        Raises:
+            PatchError: If the patch is malformed.
+        """
+        path = Path(path)
+        # Copies, because safetensors refuses tensors that are slices of one storage.
+        state = {key: tensor.clone() for key, tensor in self.to_tensors().items()}
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            save_file(state, temporary, metadata={"format": "pt"})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Patch:
+        """Read a patch from a safetensors file, of this class or an adapter's.
+
+        Args:
+            path: The file.
+            shapes: As in `from_tensors`.
+
+        Returns:
+            The patch, validated.
+
+        Raises:
+            PatchError: If the file is not whole safetensors, or the patch in it is malformed.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys() if parse_file_key(key)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise PatchError(
+                f"patch file must be whole safetensors, got {os.fspath(path)!r} ({error}). Copy or download it again."
+            ) from error
+        return cls.from_tensors(state, shapes)
+
+
+def file_key(module: str, param: str, kind: str) -> str:
+    """Return the key under which a part of a tensor's patch stands in a file.
+
+    Args:
+        module: Dotted name of the module, empty for a parameter of the model itself.
+        param: Name of the parameter in it, without dots.
+        kind: "indices" or "values"; in training checkpoints also "logits" (float32) and "alpha" (float64, shape (1,)).
+
+    Returns:
+        `<module>.graft_patch.<param>_<kind>`.
+
+    Raises:
+        PatchError: If `param` or `kind` is not as above.
+    """
+    if not param or "." in param or kind not in KINDS:
+        raise PatchError(f"file key must be made of a name without dots and one of {KINDS}, got {param!r}, {kind!r}.")
+    return f"{module}{'.' if module else ''}{_CONTAINER}.{param}_{kind}"
+
+
+def parse_file_key(key: str) -> tuple[str, str, str] | None:
+    """Take a key of a file apart.
+
+    Args:
+        key: The key, with or without PEFT's prefix `base_model.model.`.
+
+    Returns:
+        (module, param, kind) as in `file_key`, or None if the key is not part of a patch.
+
+    Raises:
+        PatchError: If the key names a patch's container and then something unknown.
+    """
+    module, container, leaf = ("." + key.removeprefix(PEFT_PREFIX)).rpartition(f".{_CONTAINER}.")
+    if not container:
+        return None
+    param, _, kind = leaf.rpartition("_")
+    if not param or "." in param or kind not in KINDS:
+        raise PatchError(f"file key must end in <param> and one of {KINDS}, got {key!r}.")
+    return module.removeprefix("."), param, kind
+
+
+def _numel(name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
+    if shapes is None:
+        return MAX_NUMEL
+    if name not in shapes:
+        raise broken("patched tensor", "one that the base has and the adapter targets", repr(name), "")
+    return math.prod(shapes[name])
+
+
+def _vouched(blob: torch.Tensor) -> int:
+    """How many entries coded indices can stand for without values that show it: one a bit."""
+    return 8 * blob.numel()
+
+
+def _read_part(name: str, blob: torch.Tensor, values: torch.Tensor, numel: int) -> TensorPatch:
+    if values.dtype in FLOAT_DTYPES and values.dim() == 2 and values.shape[1] == 0:
+        # All +0, not written out. The count is then a bare claim, so it must not cost more memory than the file has.
+        if values.shape[0] > _vouched(blob):
+            raise broken("number of zeros", f"at most {_vouched(blob)}", str(values.shape[0]), name)
+        values = values.new_zeros(values.shape[0])
+    if values.dim() != 1:
+        raise broken("values", "of shape (n,)", f"shape {tuple(values.shape)}", name)
+    part = TensorPatch(decode_indices(blob, len(values), numel, name), values)
+    part.validate(name, numel)
+    return part

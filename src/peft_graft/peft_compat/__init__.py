@@ -1,0 +1,1 @@
+"""Hold every private name of PEFT, transformers and torch that this package leans on."""

@@ -1,0 +1,1 @@
+"""Choose the entries that carry the skill: rules give scores, one exact top-k makes the mask."""

@@ -1,0 +1,1 @@
+"""Find what masks and alpha need from data: scores, fitted scales, callbacks."""

@@ -1,0 +1,1 @@
+"""Work with quantized, sharded and offloaded bases, and with several processes."""

@@ -1,0 +1,212 @@
+"""PatchMaker: read the donor tensor by tensor, take the budget, give every layer its entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter_files import installed_versions
+from ..adapter_files.hub_names import cached_commit
+from ..checkpoints.name_mapping import ModelView
+from ..checkpoints.pairing import CheckpointDonor, Donor, nothing_to_graft, open_donor, resolve_names, stream
+from ..selection.rules import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
+from .backends.sharded import WholeTensors, whole_shape
+from .layer import GraftLayer
+from .mask import GraftState
+from .modules_to_save import graft_heads
+from .trainer import register_with_trainer
+
+Target = tuple[GraftLayer, str]
+MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
+
+
+class PatchMaker:
+    """What a `GraftModel` does with its donors."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    states: dict[str, GraftState]
+    donors: dict[str, Donor]
+    active_adapters: list[str]
+
+    def _layers(self) -> Iterator[GraftLayer]:
+        for module in self.model.modules():
+            if isinstance(module, GraftLayer):
+                yield module
+
+    def targets(self, adapter_name: str) -> dict[str, Target]:
+        """Tensors the adapter may patch, by name in the unwrapped model, sorted; tied tensors once.
+
+        Returns:
+            (layer, parameter) by tensor name.
+        """
+        found: dict[str, Target] = {}
+        for layer in self._layers():
+            if adapter_name not in layer.graft_patch:
+                continue
+            for param in layer.slot(adapter_name).eligible:
+                owner, owned = layer.aliases.get(param, (layer, param))
+                if owner is not layer and adapter_name not in owner.graft_patch:
+                    owner.add_slot(adapter_name, [owned])
+                found[owner.tensor_name(owned)] = (owner, owned)
+        return dict(sorted(found.items()))
+
+    def base_tensors(self, targets: Mapping[str, Target]) -> Mapping[str, torch.Tensor]:
+        """The base's own values by tensor name; sharded ones are gathered when their turn comes."""
+        return WholeTensors({name: partial(layer.own_values, param) for name, (layer, param) in targets.items()})
+
+    def open_donor(self, adapter_name: str) -> Donor:
+        """Open an adapter's donor, and put it on record."""
+        config = self.peft_config[adapter_name]
+        donor = open_donor(config.donor, config.donor_revision)
+        # Commits, where base and donor came from the Hub: a branch may move.
+        config.revision = cached_commit(config.base_model_name_or_path, config.revision)
+        config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
+        config.provenance = {"versions": installed_versions()}
+        self.donors[adapter_name] = ModelView(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
+        return self.donors[adapter_name]
+
+    def _graft(self, adapter_name: str) -> None:
+        config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
+        self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
+        graft_heads(self.model, adapter_name, donor)
+        rule = get_rule(config.selection)
+        if rule.needs in ("weights", "training"):
+            self.make_patch(adapter_name)
+        else:
+            self.states[adapter_name].waits_for_data = True
+
+    def donor_names(self, adapter_name: str, donor: Donor | None = None) -> dict[str, str]:
+        """Donor tensor name by base tensor name, for every targeted tensor.
+
+        Args:
+            adapter_name: Name of the adapter.
+            donor: Where to look; by default the adapter's donor.
+
+        Raises:
+            DonorError: Tensors are missing, have other shapes, or are stored in another form.
+        """
+        targets = self.targets(adapter_name)
+        donor = self.donors[adapter_name] if donor is None else donor
+        if isinstance(donor, ModelView):
+            donor.require_plain(list(targets))
+        prefix = getattr(self.model, "base_model_prefix", "")
+        aliases: dict[str, list[str]] = {}
+        for layer in self._layers():
+            for param, (owner, owned) in layer.aliases.items():
+                aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
+        return resolve_names(
+            {name: whole_shape(layer.base_parameter(param)) for name, (layer, param) in targets.items()},
+            donor,
+            prefixes=(prefix,) if prefix else (),
+            aliases=aliases,
+        )
+
+    def make_patch(
+        self,
+        adapter_name: str = "default",
+        measured: Mapping[str, torch.Tensor] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
+
+        Args:
+            adapter_name: Name of the adapter.
+            measured: What the rule needs from data, by tensor name, broadcastable to the tensor.
+            progress: Show a progress bar; None for one where there are many entries to read.
+
+        Raises:
+            DonorError: The donor does not fit the base, or equals it.
+            SelectionError: The budget is impossible.
+        """
+        config, state = self.peft_config[adapter_name], self.states[adapter_name]
+        donor = self.donors[adapter_name]
+        rule, targets = get_rule(config.selection), self.targets(adapter_name)
+        base, names = self.base_tensors(targets), self.donor_names(adapter_name)
+        sizes = {name: math.prod(whole_shape(layer.base_parameter(param))) for name, (layer, param) in targets.items()}
+        total = sum(sizes.values())
+        progress = total >= MANY_ENTRIES if progress is None else progress
+        largest = 0.0
+
+        def scored() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal largest
+            for name, before, after in stream(base, donor, names, progress=progress):
+                delta = after.to(before.device).float() - before.float()
+                largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
+                evidence = None if measured is None else measured[name]
+                yield name, rule.score(Evidence(name, before, delta, evidence, config.seed))
+
+        budget: dict[str, Any] = {"density": config.density, "num_params": config.num_params}
+        trained = rule.needs == "training"
+        if trained:
+            count = resolve_budget(total, **budget)
+            factor = config.candidates if config.selection == "learned" else 1
+            if config.scope == "tensor":
+                chosen = select(scored(), sizes, density=min(1.0, config.density * factor), scope="tensor")
+                state.budget = {name: round(config.density * sizes[name]) for name in chosen}
+                if not any(state.budget.values()):
+                    raise no_entry_in_any_tensor(config.density)
+            else:
+                state.budget = count
+                pool = TopK(min(total, round(factor * count)))
+                for name, scores in scored():
+                    pool.add(name, scores)
+                chosen = pool.result()
+        else:
+            chosen = select(scored(), sizes, **budget, scope=config.scope, granularity=config.granularity)
+        if largest == 0:
+            raise nothing_to_graft(donor, total)
+        self._install(adapter_name, targets, chosen, names, base, trained and config.selection == "learned")
+        config.eligible = total
+        config.entries = _count(state.budget) if trained else sum(index.numel() for index in chosen.values())
+        state.ready = config.alpha != "auto" and config.selection != "sigmoid"
+
+    def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
+        """Make the patch from a mask that is already known.
+
+        Args:
+            adapter_name: Name of the adapter.
+            chosen: Flat indices by tensor name: int64, increasing.
+        """
+        targets = self.targets(adapter_name)
+        chosen = {name: index for name, index in chosen.items() if index.numel()}
+        names, base = self.donor_names(adapter_name), self.base_tensors(targets)
+        self._install(adapter_name, targets, chosen, names, base, trained=False)
+        self.peft_config[adapter_name].entries = sum(index.numel() for index in chosen.values())
+
+    def _install(
+        self,
+        adapter_name: str,
+        targets: Mapping[str, Target],
+        chosen: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        base: Mapping[str, torch.Tensor],
+        trained: bool,
+    ) -> None:
+        donor, state = self.donors[adapter_name], self.states[adapter_name]
+        state.clear()
+        state.waits_for_data = False
+        for layer, _ in targets.values():
+            layer.clear(adapter_name)
+        values = {
+            name: after.reshape(-1)[chosen[name]]
+            for name, _, after in stream(base, donor, {name: names[name] for name in chosen})
+        }
+        if trained:
+            register_with_trainer()
+        for name, index in chosen.items():
+            layer, param = targets[name]
+            logits = torch.ones(index.numel()) if trained else None
+            layer.install(adapter_name, param, index, values[name], logits)
+        trains = adapter_name in self.active_adapters and not self.peft_config[adapter_name].inference_mode
+        for layer, _ in targets.values():
+            layer.set_requires_grad(adapter_name, trains)
+
+
+def _count(budget: int | dict[str, int] | None) -> int:
+    return sum(budget.values()) if isinstance(budget, dict) else int(budget or 0)

@@ -1,0 +1,161 @@
+"""Several live grafts into one: their patches stitched, and the config of the graft that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..patch.combine import conflicts, scale, stitch, stitch_problems
+from ..patch.fingerprint import Fingerprint
+from ..patch.patch import Patch
+from .backends.quantized import require_float
+from .build_patch import PatchMaker
+from .config import GraftConfig
+from .modules_to_save import choose_heads
+from .parameter_hooks import Sidecar
+from .state_dict import live_patch
+
+_ORIGIN = ("donor", "donor_revision", "selection", "alpha", "provenance")  # what is kept of the config of a source
+
+
+def read_patch(tuner: PatchMaker, adapter_name: str, with_alpha: bool) -> Patch:
+    """Read the patch of an adapter (see `GraftModel.patch`)."""
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(
+            f"adapter_name must be a loaded graft, got {adapter_name!r}. Loaded are {sorted(tuner.peft_config)}."
+        )
+    patch = live_patch(tuner.model, adapter_name)
+    return scale(patch, _alphas(tuner, adapter_name, patch), _base(tuner, [adapter_name])) if with_alpha else patch
+
+
+def combine(
+    tuner: PatchMaker,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    modules_to_save_from: str | None,
+    base: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[GraftConfig, Patch, dict[str, str]]:
+    """Stitch the patches of adapters, as they stand in the model (see `GraftModel.add_weighted_adapter`).
+
+    Args:
+        tuner: The model that holds the adapters.
+        adapters: Their names.
+        weights: One for each.
+        adapter_name: Name of the new adapter.
+        combination_type: A row of `COMBINATIONS`.
+        modules_to_save_from: Whose modules to save to take.
+        base: (name, flat indices) -> the base's values, where the model has none; by default the model's.
+
+    Returns:
+        The new adapter's config, its patch, and whose copy it takes of each module to save, by the module's key.
+
+    Raises:
+        ValueError: One message for all arguments that are wrong; or nothing is left of the patches.
+        PatchError: Values overflow.
+    """
+    heads, apart = choose_heads(tuner.model, adapters, modules_to_save_from)
+    problems = [
+        *_problems(tuner, adapters, adapter_name),
+        *stitch_problems(len(adapters), weights, combination_type),
+        *head_problems(adapters, modules_to_save_from, apart),
+    ]
+    if problems:
+        raise ValueError(" ".join(problems))
+    patches = [live_patch(tuner.model, name) for name in adapters]
+    scaled = [
+        {name: weight * alpha for name, alpha in _alphas(tuner, adapter, patch).items()}
+        for adapter, weight, patch in zip(adapters, weights, patches, strict=True)
+    ]
+    require_float(tuner._layers(), "combined")
+    base = base or _base(tuner, adapters)
+    patch = stitch(patches, scaled, combination_type, base=base)
+    if not patch.num_params:
+        raise ValueError(
+            f"combination must leave at least one entry, got none of {[one.num_params for one in patches]} with "
+            f"combination_type={combination_type!r}. Choose another type."
+        )
+    parts = [
+        {
+            "name": name,
+            "weight": float(weight),
+            "entries": one.num_params,
+            **{key: value for key, value in tuner.peft_config[name].to_dict().items() if key in _ORIGIN},
+        }
+        for name, weight, one in zip(adapters, weights, patches, strict=True)
+    ]
+    config = _config(tuner, adapters, patch)
+    config.provenance = {
+        "combination_type": combination_type,
+        "adapters": parts,
+        "conflicts": sum(conflicts(patches).values()),
+        "modules_to_save_from": modules_to_save_from,
+    }
+    config.fingerprint = Fingerprint.compute(
+        {name: base(name, part.indices) for name, part in patch.tensors.items()}
+    ).to_dict()
+    return config, patch, heads
+
+
+def _config(tuner: PatchMaker, adapters: Sequence[str], patch: Patch) -> GraftConfig:
+    """The config of a graft that needs no donor and targets what any of the adapters does."""
+    first = tuner.peft_config[adapters[0]]
+    targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
+    bare = sorted(name for name, (layer, _) in targets.items() if isinstance(layer, Sidecar))
+    modules = {layer.tensor_prefix for layer, _ in targets.values() if not isinstance(layer, Sidecar)}
+    rules = {tuner.peft_config[adapter].selection for adapter in adapters}
+    saved = [name for adapter in adapters for name in tuner.peft_config[adapter].modules_to_save or []]
+    return GraftConfig(
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+        auto_mapping=first.auto_mapping,
+        inference_mode=first.inference_mode,
+        selection=rules.pop() if len(rules) == 1 else GraftConfig.selection,
+        target_modules=modules or None,
+        target_parameters=bare or None,
+        modules_to_save=list(dict.fromkeys(saved)) or None,
+        eligible=sum(layer.base_parameter(param).numel() for layer, param in targets.values()),
+        entries=patch.num_params,
+    )
+
+
+def _alphas(tuner: PatchMaker, adapter_name: str, patch: Patch) -> dict[str, Any]:
+    return {name: tuner.states[adapter_name].scale(name) for name in patch.tensors}
+
+
+def _base(tuner: PatchMaker, adapters: Sequence[str]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Read the base's own entries, on the CPU, also while something is merged."""
+    targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
+
+    def read(name: str, indices: torch.Tensor) -> torch.Tensor:
+        layer, param = targets[name]
+        return layer.base_entries(param, indices.to(layer.base_parameter(param).device)).cpu()
+
+    return read
+
+
+def _problems(tuner: PatchMaker, adapters: Sequence[str], adapter_name: str) -> Iterator[str]:
+    loaded = sorted(tuner.peft_config)
+    if not adapters:
+        yield f"adapters must be at least one, got none. Loaded are {loaded}."
+    if unknown := [name for name in adapters if name not in tuner.peft_config]:
+        yield f"adapters must be loaded grafts, got {unknown}. Loaded are {loaded}."
+    if waiting := [name for name in adapters if name in tuner.peft_config and not tuner.states[name].ready]:
+        yield f"adapters must be complete, got {waiting} that wait for data or for a file. Call initialize_graft first."
+    if adapter_name in tuner.peft_config:
+        yield f"adapter_name must be a new one, got {adapter_name!r}. Delete that adapter, or choose another name."
+
+
+def head_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
+    """Say what is wrong with the choice of modules to save, where those named in `apart` differ."""
+    if chosen is not None and chosen not in adapters:
+        yield f"modules_to_save_from must be one of the adapters, got {chosen!r}. Choose from {list(adapters)}."
+    elif apart:
+        yield (
+            f"modules_to_save must be the same in all adapters, got different {list(apart)}. "
+            "Say whose to take with modules_to_save_from."
+        )

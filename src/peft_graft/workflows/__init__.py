@@ -1,0 +1,1 @@
+"""Run the jobs on files, one a module: the verbs of the command line."""

@@ -1,0 +1,307 @@
+"""extract writes byte for byte what get_peft_model would have saved, from files alone, and nothing half-written."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+)
+
+import models
+from grafts import held, output, same_bits
+from models import inputs, perturbed
+from peft_graft import DonorError, GraftConfig, Patch, SelectionError
+from peft_graft.selection import streaming
+from peft_graft.workflows.extract import extract, task_of
+
+FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def save_pair(
+    tmp_path: Path,
+    build: Callable[..., nn.Module],
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[nn.Module], nn.Module] = perturbed,
+    **options: Any,
+) -> tuple[Path, Path]:
+    """Save a base and a donor of it; in several shards where `max_shard_size` says so."""
+    model = build(dtype)
+    model.save_pretrained(tmp_path / "base", **options)
+    change(model).save_pretrained(tmp_path / "donor", **options)
+    return tmp_path / "base", tmp_path / "donor"
+
+
+def reference(base: Path, config: GraftConfig, out: Path, model_type: type[PreTrainedModel]) -> Path:
+    """The adapter of both models in memory."""
+    get_peft_model(model_type.from_pretrained(base), config).save_pretrained(out)
+    return out
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in other.iterdir()) == FILES
+    assert filecmp.cmpfiles(one, other, FILES, shallow=False) == (FILES, [], [])
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.bfloat16) for family in FAMILIES),
+        ("tiny_bert", torch.float32),
+        ("tiny_llama", torch.float16),
+        ("tiny_t5", torch.float16),  # two layers of it stay in float32
+    ],
+    ids=str,
+)
+def test_every_byte_is_that_of_the_models_in_memory(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tied heads (GPT-2, T5, Qwen, Whisper, Mamba), Conv1D names, experts, renamed tensors, heads of classifiers."""
+    build = getattr(models, family)
+    base, donor = save_pair(tmp_path, build, dtype)
+    config = GraftConfig(donor=str(donor), density=0.03, task_type=task_of(build()))
+    expected = reference(base, config, tmp_path / "reference", type(build()))
+    done = extract(base, GraftConfig(donor=donor, density=0.03), tmp_path / "out")
+    assert_same_files(tmp_path / "out", expected)
+    assert done.entries == round(0.03 * done.eligible) == Patch.load(expected / FILES[2]).num_params
+    assert done.nbytes == (expected / FILES[2]).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_params": 77},
+        {"density": 1.0},
+        {"density": 0.05, "selection": "random", "seed": 3},
+        {"density": 0.05, "scope": "tensor"},
+        {"density": 0.2, "granularity": "tensor"},
+        {"density": 0.6, "granularity": "layer"},
+        {"density": 0.05, "alpha": 0.5},
+        {"density": 0.05, "target_modules": "all"},
+        {"density": 0.05, "target_modules": ["query", "LayerNorm"]},
+        {"density": 0.05, "exclude_modules": ["pooler.dense"], "layers_to_transform": [1]},
+        {"density": 0.05, "modules_to_save": ["pooler"]},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_every_option_means_what_it_means_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_bert, torch.bfloat16, max_shard_size="4KB")
+    assert len(list(base.glob("*.safetensors"))) > 3
+    config = {"donor": str(donor), "task_type": "SEQ_CLS", **options}
+    expected = reference(base, copy.deepcopy(GraftConfig(**config)), tmp_path / "reference", type(models.tiny_bert()))
+    extract(base, GraftConfig(**config), tmp_path / "out")
+    assert_same_files(tmp_path / "out", expected)
+
+
+def test_the_zeros_donor_needs_no_file(tmp_path: Path) -> None:
+    base, _ = save_pair(tmp_path, models.tiny_llama)
+    config = GraftConfig(donor="zeros", density=0.05, task_type="CAUSAL_LM")
+    expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
+    done = extract(base, config, tmp_path / "out")
+    assert_same_files(tmp_path / "out", expected)
+    assert done.donor_nbytes == 0
+
+
+def test_a_budget_that_does_not_fit_in_memory_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_gpt2)
+    extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "one")
+    monkeypatch.setattr(streaming, "HELD_AT_ONCE", 10)
+    extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "other")
+    assert_same_files(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_head_that_the_base_lacks_comes_from_the_donor(tmp_path: Path) -> None:
+    """The usual case: a pretrained base with another head, and a donor with five labels."""
+    donor_model = models.tiny_bert(torch.bfloat16, num_labels=5)
+    donor_model.save_pretrained(tmp_path / "donor")
+    base_model = BertForMaskedLM(donor_model.config).to(torch.bfloat16)
+    missing = base_model.bert.load_state_dict(perturbed(donor_model).bert.state_dict(), strict=False)
+    assert missing.unexpected_keys == ["pooler.dense.weight", "pooler.dense.bias"]
+    base_model.save_pretrained(tmp_path / "base")
+    config = GraftConfig(donor=str(tmp_path / "donor"), density=0.05, exclude_modules=["pooler.dense"])
+    with pytest.raises(DonorError, match=r"base must hold every targeted tensor of the model.*pooler\.dense\.bias"):
+        extract(tmp_path / "base", GraftConfig(donor=tmp_path / "donor", density=0.05), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    extract(tmp_path / "base", config, tmp_path / "out")
+    torch.manual_seed(1)  # the pooler is new in every load
+    base = type(donor_model).from_pretrained(tmp_path / "base", num_labels=5)
+    grafted = PeftModel.from_pretrained(base, tmp_path / "out")
+    head = grafted.base_model.model.classifier.modules_to_save["default"]
+    assert same_bits(head.weight.bfloat16(), donor_model.classifier.weight)
+    entries = sum(map(len, held(grafted).values()))
+    assert entries == grafted.active_peft_config.entries > 0
+
+
+def test_the_adapter_grafts_the_donor(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_qwen)
+    extract(base, GraftConfig(donor=donor, density=1.0, target_modules="all"), tmp_path / "out")
+    model = type(models.tiny_qwen())
+    grafted = PeftModel.from_pretrained(model.from_pretrained(base), tmp_path / "out")
+    batch = inputs(models.tiny_qwen())
+    assert torch.equal(output(grafted, batch), output(model.from_pretrained(donor), batch))
+
+
+def sparse(model: nn.Module) -> nn.Module:
+    """A donor that changed one entry in ten, one of them only in the sign of a zero."""
+    donor = perturbed(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for before, after in zip(model.parameters(), donor.parameters(), strict=True):
+            after.copy_(torch.where(torch.rand(after.shape, generator=generator) < 0.1, after, before))
+        donor.model.norm.weight[0], model.model.norm.weight[0] = -0.0, 0.0
+    return donor
+
+
+def test_an_exact_patch_is_lossless(tmp_path: Path) -> None:
+    model = models.tiny_llama(torch.bfloat16)
+    donor = sparse(model)
+    model.save_pretrained(tmp_path / "base")
+    donor.save_pretrained(tmp_path / "donor")
+    done = extract(
+        tmp_path / "base", GraftConfig(donor=tmp_path / "donor", target_modules="all"), tmp_path / "out", exact=True
+    )
+    merged = PeftModel.from_pretrained(
+        type(model).from_pretrained(tmp_path / "base"), tmp_path / "out"
+    ).merge_and_unload()
+    for (name, one), other in zip(merged.named_parameters(), donor.parameters(), strict=True):
+        assert same_bits(one, other), name
+    differing = sum(
+        int((a.view(torch.int16) != b.view(torch.int16)).sum())
+        for a, b in zip(model.parameters(), donor.parameters(), strict=True)
+    )
+    assert done.entries == differing < done.eligible
+    config = GraftConfig.from_pretrained(tmp_path / "out")
+    assert config.provenance["exact"] is True and config.density is None and config.entries == differing
+
+
+def test_an_exact_patch_that_outweighs_the_donor_is_told(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)  # every entry differs
+    with pytest.warns(UserWarning, match=r"patch should be smaller than the donor, got .* entries differ\)\. Keep"):
+        done = extract(base, GraftConfig(donor=donor), tmp_path / "out", exact=True)
+    assert done.nbytes >= done.donor_nbytes > 0
+
+
+def test_other_dtypes_than_the_files_are_those_that_loading_gives(tmp_path: Path) -> None:
+    """config.json says bfloat16, the file holds float32: from_pretrained rounds, so extract must."""
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    for side in (base, donor):
+        path = side / "config.json"
+        path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    config = GraftConfig(donor=str(donor), density=0.05, task_type="CAUSAL_LM")
+    expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
+    extract(base, config, tmp_path / "out")
+    assert_same_files(tmp_path / "out", expected)
+    assert GraftConfig.from_pretrained(expected).fingerprint["dtype"] == "bfloat16"
+
+
+def test_a_donor_without_a_configuration_is_of_the_bases_class(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_gpt2)
+    extract(base, GraftConfig(donor=donor / "model.safetensors", density=0.05), tmp_path / "one")
+    extract(base, GraftConfig(donor=donor, density=0.05), tmp_path / "other")
+    assert filecmp.cmp(tmp_path / "one" / FILES[2], tmp_path / "other" / FILES[2], shallow=False)
+
+
+# What is there already
+
+
+def test_an_adapter_is_replaced_only_when_told(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_bert)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    extract(base, GraftConfig(donor=donor, density=0.05), out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(FileExistsError, match=r"output_dir must hold no adapter yet, got 'adapter_config\.json'"):
+        extract(base, GraftConfig(donor=donor, density=0.1), out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    extract(base, GraftConfig(donor=donor, density=0.1), out, overwrite=True)
+    after = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert after.keys() == before.keys() and after["notes.txt"] == b"mine"
+    assert after[FILES[2]] != before[FILES[2]]
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="output_dir must be a directory, got the file"):
+        extract(tmp_path, GraftConfig(donor="zeros", density=0.1), tmp_path / "out")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    """The donor's last tensor is broken, so that everything else has been read when this shows."""
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    tensors = load_file(donor / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, donor / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DonorError, match=r"must be finite, got 1 NaN or Inf in 'model\.norm\.weight'"):
+        extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "donor"]
+
+
+# What is refused
+
+
+def test_a_donor_that_equals_the_base_is_refused(tmp_path: Path) -> None:
+    base, _ = save_pair(tmp_path, models.tiny_llama)
+    for options in ({"density": 0.1}, {"exact": True}):
+        with pytest.raises(DonorError, match="must differ from the base in the targeted modules"):
+            extract(base, GraftConfig(donor=base, density=options.pop("density", None)), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("selection", ["taylor", "learned"])
+def test_rules_that_need_data_are_refused(selection: str, tmp_path: Path) -> None:
+    with pytest.raises(SelectionError, match=f"selection must need no data here, got '{selection}'"):
+        extract(tmp_path, GraftConfig(donor="zeros", density=0.1, selection=selection), tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"density": 0.1}, {"num_params": 5}, {"alpha": 0.5}])
+def test_an_exact_patch_has_no_budget(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SelectionError, match="exact must come without a budget and with alpha 1"):
+        extract(tmp_path, GraftConfig(donor="zeros", **options), tmp_path / "out", exact=True)
+
+
+@pytest.mark.parametrize("donor", [None, nn.Linear(2, 2)])
+def test_a_donor_in_memory_is_refused(donor: Any, tmp_path: Path) -> None:
+    with pytest.raises(DonorError, match="donor must be a directory, a Hub id or 'zeros', got"):
+        extract(tmp_path, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    base, _ = save_pair(tmp_path, models.tiny_llama)
+    models.tiny_gpt2().save_pretrained(tmp_path / "other")
+    with pytest.raises(DonorError, match="This is not the same architecture"):
+        extract(base, GraftConfig(donor=tmp_path / "other", density=0.1), tmp_path / "out")
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="no model of transformers 5.0 is split while loading"
+)
+def test_tensors_that_are_split_while_loading_are_refused_unless_left_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    base, donor = save_pair(tmp_path, lambda dtype: Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).to(dtype))
+    with pytest.raises(DonorError, match=r"base tensors must stand in the files as they do in the model.*\(Chunk"):
+        extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+    extract(base, GraftConfig(donor=donor, density=0.1, exclude_modules=["gate_proj", "up_proj"]), tmp_path / "out")
+
+
+def test_a_base_that_cannot_be_read_is_called_the_base(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama, max_shard_size="8KB")
+    shutil.copytree(base, tmp_path / "cut")
+    with (tmp_path / "cut" / "model-00002-of-00004.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(DonorError, match="base file must be a whole safetensors file"):
+        extract(tmp_path / "cut", GraftConfig(donor=donor, density=0.1), tmp_path / "out")

@@ -1,0 +1,89 @@
+"""What inspect says is what is in the file, byte by byte, and no model or value is needed for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from grafts import TASKS, graft
+from models import perturbed, tiny_bert, tiny_gpt2
+from peft_graft import GraftConfig, Patch, PatchError
+from peft_graft.workflows.inspect import read_anatomy
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A graft with a head, some tensors with one run of entries, and values in bfloat16."""
+    base = tiny_bert(torch.bfloat16)
+    config = GraftConfig(donor=perturbed(base), density=0.05, task_type="SEQ_CLS", alpha=2.0)
+    get_peft_model(base, config).save_pretrained(tmp_path / "skill")
+    return tmp_path / "skill"
+
+
+def test_every_byte_is_accounted_for(adapter: Path) -> None:
+    found, file = read_anatomy(adapter), adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    sizes = {"indices": 0, "values": 0, "heads": 0}
+    for key, tensor in tensors.items():
+        kind = next((kind for kind in ("indices", "values") if key.endswith(f"_{kind}")), "heads")
+        sizes[kind] += tensor.nbytes
+    assert {key: found.nbytes[key] for key in sizes} == sizes
+    assert all(sizes.values()) and found.nbytes["training"] == 0
+    assert sum(found.nbytes.values()) == file.stat().st_size
+    assert f"{found.bytes_per_entry:.2f} an entry without the heads\n" in found.to_text()
+    assert found.bytes_per_entry == (file.stat().st_size - sizes["heads"]) / found.entries
+
+
+def test_entries_are_counted_by_layer_and_module(adapter: Path) -> None:
+    found = read_anatomy(adapter)
+    patch = Patch.load(adapter / "adapter_model.safetensors")
+    counts = {name: part.indices.numel() for name, part in patch.tensors.items()}
+    assert found.entries == sum(counts.values()) == patch.num_params == found.fingerprint["count"]
+    assert found.by_layer()["1"] == sum(n for name, n in counts.items() if ".layer.1." in name)
+    assert found.by_module()["attention.self.query"] == sum(n for name, n in counts.items() if ".query." in name)
+    assert found.to_dict()["cells"]["0"]["output.dense"] == sum(
+        n for name, n in counts.items() if ".layer.0.output.dense." in name
+    )
+    assert sum(found.by_layer().values()) == sum(found.by_module().values()) == found.entries
+    assert found.dtypes == {"bfloat16": len(counts)} and found.tensors == len(counts)
+    assert sum(found.codecs.values()) == len(counts) and found.codecs.keys() == {"run", "Rice"}
+
+
+def test_the_text_and_the_json_tell_the_same(adapter: Path) -> None:
+    found = read_anatomy(adapter)
+    fields, text = json.loads(json.dumps(found.to_dict())), found.to_text()
+    assert fields["density"] == 0.05 and fields["alpha"] == 2.0 and fields["task_type"] == "SEQ_CLS"
+    assert fields["donor"] == "BertForSequenceClassification" and fields["provenance"]["versions"]["torch"]
+    assert f"{fields['entries']:,} in {fields['tensors']} tensors, 1 in 20 of {fields['eligible']:,}" in text
+    assert fields["fingerprint"]["sha256"] in text and "sample" not in text
+    for part in ("header", "indices", "values", "heads"):
+        assert f"{fields['bytes'][part]:,}" in text
+    assert "attention.self.query" in text
+
+
+def test_a_checkpoint_in_training_shows_its_logits(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    model = graft(base, perturbed(base), density=0.05, selection="learned", task_type=TASKS["gpt2"])
+    for state in model.base_model.states.values():
+        state.in_training = True
+    model.save_pretrained(tmp_path)
+    assert read_anatomy(tmp_path).nbytes["training"] > 0
+
+
+def test_what_is_no_graft_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match="adapter must be a directory or repository with a graft's adapter_config"):
+        read_anatomy(tmp_path)
+    with pytest.raises(FileNotFoundError, match="adapter must be a directory, or a Hub id that can be reached"):
+        read_anatomy("nobody/nothing")
+
+
+def test_a_truncated_file_is_refused(adapter: Path) -> None:
+    with (adapter / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(PatchError, match="adapter file must be whole safetensors"):
+        read_anatomy(adapter)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from peft_graft.analysis.localization import Place, locate
 from peft_graft.analysis.plots import COLORS, MARKERS, skill_map
 from peft_graft.checkpoints.donor import CheckpointDonor
-from peft_graft.patch.combine import scaled
+from peft_graft.patch.arithmetic import grafted_values
 from peft_graft.patch.patch import Patch, TensorPatch
 from peft_graft.selection.rules import Evidence, get_rule, select
 
@@ -50,7 +50,7 @@ def equation() -> Figure:
     chosen = select([("weight", scores)], {"weight": scores.numel()}, num_params=5)["weight"]
     patch = TensorPatch(chosen, donor.flatten()[chosen])
     mask = torch.zeros(36).index_fill(0, chosen, 1.0).view(6, 6)
-    graft = base.flatten().index_put((chosen,), scaled(base.flatten()[chosen], patch.values, alpha)).view(6, 6)
+    graft = base.flatten().index_put((chosen,), grafted_values(base.flatten()[chosen], patch.values, alpha)).view(6, 6)
 
     figure = figure_of(10.2, 2.2)
     panels = (

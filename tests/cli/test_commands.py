@@ -22,7 +22,7 @@ from peft_graft import GraftConfig
 from peft_graft.cli import main
 from peft_graft.cli.commands import COMMANDS
 from peft_graft.cli.main import build_parser
-from peft_graft.patch.combine import COMBINATIONS
+from peft_graft.patch.combinations import COMBINATIONS
 from peft_graft.workflows.diff import compare
 from peft_graft.workflows.export import EXPORTS
 from peft_graft.workflows.extract import extract

@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grafts import same_bits
-from peft_graft.patch.combine import (
-    COMBINATIONS,
-    conflicts,
-    intersection,
-    scale,
-    stitch,
-    subtract,
-    union,
-)
+from peft_graft.patch.combinations import COMBINATIONS
+from peft_graft.patch.combine import apply_alpha, conflicts, intersection, stitch, subtract, union
 from peft_graft.patch.patch import Patch, PatchError, TensorPatch
 
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 2)}
@@ -161,7 +154,7 @@ def test_stitching_does_not_depend_on_the_order(kind: str, data: tuple) -> None:
 def test_one_patch_stitched_is_itself(kind: str, data: tuple) -> None:
     base, (patch, *_), _ = data
     assert_same(stitch([patch], [1.0], kind, base=base), patch)
-    assert_same(stitch([patch], combination=kind, base=base), patch)
+    assert_same(stitch([patch], combination_type=kind, base=base), patch)
 
 
 @settings(max_examples=50, deadline=None)
@@ -174,14 +167,14 @@ def test_without_conflicts_all_combinations_agree(data: tuple) -> None:
     assert conflicts(apart) == {}
     wanted = union(apart)
     for kind in COMBINATIONS:
-        assert_same(stitch(apart, combination=kind, base=base), wanted)
+        assert_same(stitch(apart, combination_type=kind, base=base), wanted)
 
 
 @settings(max_examples=50, deadline=None)
 @given(data=several())
 def test_the_mean_with_weights_of_1_is_the_union(data: tuple) -> None:
     base, found, _ = data
-    assert_same(stitch(found, combination="mean", base=base), union(found))
+    assert_same(stitch(found, combination_type="mean", base=base), union(found))
 
 
 BASE = {"a.weight": torch.zeros(3, 4), "a.bias": torch.tensor([1.0, 2.0, 4.0]), "b.weight": torch.ones(2, 2)}
@@ -190,8 +183,8 @@ TWO = patch_of({"a.bias": {0: 5.0, 2: 3.0}, "b.weight": {0: 0.0}})
 
 
 def test_by_hand() -> None:
-    def kind(combination: str, *weights: float) -> dict[tuple[str, int], float]:
-        return entries_of(stitch([ONE, TWO], list(weights) or None, combination, base=BASE))
+    def kind(combination_type: str, *weights: float) -> dict[tuple[str, int], float]:
+        return entries_of(stitch([ONE, TWO], list(weights) or None, combination_type, base=BASE))
 
     apart = {("a.bias", 1): 5.0, ("a.bias", 2): 3.0}
     assert kind("linear") == apart | {("a.bias", 0): 6.0, ("b.weight", 0): 2.0}
@@ -210,7 +203,7 @@ def test_by_hand() -> None:
 
 def test_opposite_deltas_elect_no_sign() -> None:
     patches = [patch_of({"a.bias": {0: value, 1: 3.0}}) for value in (3.0, -1.0)]  # base 1: +2 and -2
-    assert entries_of(stitch(patches, combination="ties", base=BASE)) == {("a.bias", 1): 3.0}
+    assert entries_of(stitch(patches, combination_type="ties", base=BASE)) == {("a.bias", 1): 3.0}
 
 
 def test_weights_by_tensor() -> None:
@@ -234,7 +227,7 @@ def test_a_base_may_be_a_function(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", sorted(COMBINATIONS))
 def test_sums_do_not_depend_on_rounding(kind: str) -> None:
     found = [patch_of({"a.bias": {0: value}}) for value in (1e20, -1e20, 1.0)]  # 0 or 1, as "1" comes last or first
-    results = {str(entries_of(stitch(list(order), combination=kind, base=BASE))) for order in permutations(found)}
+    results = {str(entries_of(stitch(list(order), combination_type=kind, base=BASE))) for order in permutations(found)}
     assert len(results) == 1
 
 
@@ -308,14 +301,14 @@ def test_where_patches_meet_sets_take_the_mean() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(data=several())
-def test_scaling(data: tuple) -> None:
+def test_alpha_on_a_patch(data: tuple) -> None:
     base, (patch, *_), _ = data
-    assert_same(scale(patch, 1.0, base), patch)
-    nothing = scale(patch, 0.0, base)
+    assert_same(apply_alpha(patch, 1.0, base), patch)
+    nothing = apply_alpha(patch, 0.0, base)
     for name, part in nothing.tensors.items():
         assert torch.equal(part.indices, patch.tensors[name].indices)
         assert torch.equal(part.values, base[name].view(-1)[part.indices])
-    assert_same(scale(patch, 0.3, base), loop(base, [patch], [0.3], "linear"))
+    assert_same(apply_alpha(patch, 0.3, base), loop(base, [patch], [0.3], "linear"))
 
 
 def test_shapes_are_kept() -> None:
@@ -360,13 +353,13 @@ def test_all_that_is_wrong_with_the_arguments_is_said_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         stitch([ONE, TWO], [math.nan, "1", True], "sum", base=BASE)
     for words in (
-        "combination type must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'sum'",
+        "combination_type must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'sum'",
         "weights must be one for each of the 2 patches, got 3",
         "weights must be finite numbers, got [nan, '1', True]",
     ):
         assert words in str(caught.value)
     with pytest.raises(ValueError, match=r"finite numbers, got \[inf\]"):
-        scale(ONE, {"a.bias": math.inf}, BASE)
+        apply_alpha(ONE, {"a.bias": math.inf}, BASE)
 
 
 def test_a_base_must_have_the_tensors() -> None:

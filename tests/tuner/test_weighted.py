@@ -16,7 +16,7 @@ from torch import nn
 from grafts import DTYPES, MLP, assert_same, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
 from peft_graft import GraftConfig, PatchError
-from peft_graft.patch.combine import COMBINATIONS
+from peft_graft.patch.combinations import COMBINATIONS
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -460,7 +460,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "adapters must be loaded grafts, got ['q']. Loaded are ['w', 'x', 'y', 'z']",
         "adapters must be complete, got ['w'] that wait for data",
         "adapter_name must be a new one, got 'y'",
-        "combination type must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'svd'",
+        "combination_type must be one of ['disjoint', 'linear', 'mean', 'ties'], got 'svd'",
         "weights must be one for each of the 3 patches, got 2",
         "weights must be finite numbers, got [nan]",
         "modules_to_save_from must be one of the adapters, got 'z'",

@@ -16,7 +16,7 @@ import models
 from grafts import same_bits
 from models import perturbed, tiny_bert, tiny_llama
 from peft_graft import DonorError, GraftConfig, PatchError
-from peft_graft.patch.combine import COMBINATIONS
+from peft_graft.patch.combinations import COMBINATIONS
 from peft_graft.workflows.extract import extract
 from peft_graft.workflows.stitch import stitch_adapters
 
@@ -232,7 +232,7 @@ def test_all_wrong_arguments_are_told_at_once(tmp_path: Path) -> None:
             ["a", "b"], tmp_path / "out", weights=[float("nan")], combination="sum", modules_to_save_from="c"
         )
     for words in (
-        "combination type must be one of",
+        "combination_type must be one of",
         "got 1",
         "finite",
         "modules_to_save_from must be one of the adapters, got 'c'. Choose",

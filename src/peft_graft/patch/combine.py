@@ -1,89 +1,39 @@
-"""Patches to patches: union, intersection, difference, scaling, and stitching many into one. No model is needed.
+"""Combine patches without a model: stitch many into one, scale one, and take unions, intersections, differences.
 
-Nothing depends on the order of the patches: values are added up in the order of their size. Differences are taken in
-float32, as in a graft whose alpha is not 1, and sums in float64; the result is rounded once.
+No result depends on the order of the patches. Differences are taken in float32, as in a graft whose alpha is not 1, and
+sums in float64; the result is rounded once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 import torch
 
 from ..checkpoints.donor import FLOAT_DTYPES, MAX_LISTED
+from .arithmetic import align_indices, grafted_values, masked_sum, scatter_rows
+from .combinations import COMBINATIONS, Combination
 from .patch import Patch, PatchError, TensorPatch
 
-# What is asked for the base's values: its tensors by name, or a function (name, flat indices int64 [n]) -> values [n].
+# The base's values: its tensors by name, or a function (name, flat indices int64 [n]) -> values [n].
 Base = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor]
 # How far to go from the base towards a patch: one number, or one per tensor name (1 where none is given).
 Weight = float | Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Combination:
-    """One row of the table of combinations: which patches have a say in an entry, and what becomes of their deltas.
-
-    With d_i = w_i * (v_i - base), the entry becomes base + the sum or the mean of the d_i that have a say. An entry in
-    which none has a say is left out of the stitched patch.
-
-    Args:
-        name: What the user types.
-        say: (deltas float64 [K, n], taken bool [K, n]) -> bool [K, n]: who has a say; only takers of the entry.
-        reduce: Whether the deltas are added up or averaged.
-        summary: One line for `--help` and the docs.
-    """
-
-    name: str
-    say: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    reduce: Literal["sum", "mean"]
-    summary: str
-
-
-def everyone(deltas: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """Let every patch that takes an entry have a say in it."""
-    return taken
-
-
-def alone(deltas: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """Let a patch have a say where no other one takes the entry."""
-    return taken & (taken.sum(0) == 1)
-
-
-def majority(deltas: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """Let the patches have a say whose delta has the sign of the sum of all deltas.
-
-    These are "elect" and "disjoint merge" of TIES-merging (arXiv 2306.01708, Algorithm 1), with lambda = 1; its first
-    step, "trim", is what made the masks. Where the sum is exactly 0, no delta is chosen over its opposite.
-    """
-    return taken & (deltas.sign() == total(deltas, taken).sign())
-
-
-COMBINATIONS: dict[str, Combination] = {
-    row.name: row
-    for row in (
-        Combination("linear", everyone, "sum", "base + the sum of the weighted deltas"),
-        Combination("mean", everyone, "mean", "base + the mean of the weighted deltas, as of several active grafts"),
-        Combination("disjoint", alone, "sum", "only entries that a single patch takes; conflicts stay the base's"),
-        Combination("ties", majority, "mean", "base + the mean of the weighted deltas that have the majority's sign"),
-    )
-}
-
-
 def stitch(
-    patches: Sequence[Patch], weights: Sequence[Weight] | None = None, combination: str = "linear", *, base: Base
+    patches: Sequence[Patch], weights: Sequence[Weight] | None = None, combination_type: str = "linear", *, base: Base
 ) -> Patch:
-    """Make one patch of many: base + combination of w_i * (v_i - base).
+    """Stitch several patches into one: base + combination of w_i * (v_i - base).
 
     A single patch with weight 1 comes back bit for bit, whatever the combination.
 
     Args:
         patches: Patches of one base.
         weights: How far to go towards each patch: a finite number each, or numbers by tensor name; all 1 by default.
-        combination: A name in `COMBINATIONS`.
+        combination_type: A name in `COMBINATIONS`.
         base: The base's tensors by name, or a function (name, flat indices) -> the base's values there.
 
     Returns:
@@ -92,66 +42,58 @@ def stitch(
 
     Raises:
         PatchError: The patches are malformed or of different bases, the base lacks tensors, or values overflow.
-        ValueError: The combination is unknown, or the weights are too few, too many or not finite.
+        ValueError: The combination type is unknown, or the weights are too few, too many or not finite.
     """
     weights = [1.0] * len(patches) if weights is None else weights
-    if problems := list(stitch_problems(len(patches), weights, combination)):
+    if problems := list(stitch_problems(len(patches), weights, combination_type)):
         raise ValueError(" ".join(problems))
-    row, shapes = COMBINATIONS[combination], common_shapes(patches)
-    together = _together(patches)
-    read = _reader(base, {name: max(int(part.indices[-1]) for _, part in parts) for name, parts in together.items()})
-    stitched, broken = {}, []
-    for name, parts in together.items():
-        indices, where = align([part.indices for _, part in parts])
-        own = read(name, indices)
-        moved = [
-            _moved(own[at], part.values, _weight_of(weights[i], name))
-            for (i, part), at in zip(parts, where, strict=True)
-        ]
-        values, taken = spread(moved, where, indices.numel())
-        start = own.double()
-        say = row.say(values - start, taken)
-        count, result = say.sum(0), total(values, say)
-        if row.reduce == "mean":
-            result = result / count
-        else:  # the base is in every one of the values, and counts once
-            result = torch.where(count > 1, result - (count - 1) * start, result)
-        kept = TensorPatch(indices[count > 0], _rounded(result[count > 0], [part for _, part in parts], own.dtype))
-        if not kept.values.isfinite().all():
-            broken.append(name)
-        stitched[name] = kept
-    if broken:
+    combination, shapes = COMBINATIONS[combination_type], common_shapes(patches)
+    parts_of = _parts_by_tensor(patches)
+    read = _entry_reader(base, {n: max(int(part.indices[-1]) for _, part in parts) for n, parts in parts_of.items()})
+    stitched = {
+        name: _stitch_tensor(
+            [part for _, part in parts], [_weight_in(weights[i], name) for i, _ in parts], combination, name, read
+        )
+        for name, parts in parts_of.items()
+    }
+    if overflowing := [name for name, part in stitched.items() if not part.values.isfinite().all()]:
         raise PatchError(
-            f"stitched values must be finite, got an overflow in {broken[:MAX_LISTED]}. Lower the weights, or use a "
-            "base in a wider float dtype."
+            f"stitched values must be finite, got an overflow in {overflowing[:MAX_LISTED]}. Lower the weights, or use "
+            "a base in a wider float dtype."
         )
     return Patch(_without_empty(stitched), shapes)
 
 
-def stitch_problems(count: int, weights: Sequence[Weight], combination: str) -> Iterator[str]:
-    """Say what is wrong with the arguments of a stitch, one sentence each.
+def stitch_problems(count: int, weights: Sequence[Weight], combination_type: str) -> Iterator[str]:
+    """Yield one sentence for each invalid argument of `stitch`.
 
     Args:
         count: Number of patches.
         weights: One per patch.
-        combination: A name in `COMBINATIONS`.
+        combination_type: A name in `COMBINATIONS`.
+
+    Yields:
+        The sentences.
     """
-    if combination not in COMBINATIONS:
-        yield f"combination type must be one of {sorted(COMBINATIONS)}, got {combination!r}. Choose a row of the table."
+    if combination_type not in COMBINATIONS:
+        yield (
+            f"combination_type must be one of {sorted(COMBINATIONS)}, got {combination_type!r}. "
+            "peft_graft.register_combination adds others."
+        )
     if len(weights) != count:
-        yield f"weights must be one for each of the {count} patches, got {len(weights)}. Give 1.0 to take one as it is."
+        yield f"weights must be one for each of the {count} patches, got {len(weights)}. 1.0 takes a patch as it is."
     numbers = [n for weight in weights for n in (weight.values() if isinstance(weight, Mapping) else [weight])]
     odd = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n)]
     if odd:
-        yield f"weights must be finite numbers, got {odd[:MAX_LISTED]!r}. 1 goes all the way to a patch."
+        yield f"weights must be finite numbers, got {odd[:MAX_LISTED]!r}. 1 goes all the way to a patch, 0 nowhere."
 
 
-def scale(patch: Patch, weight: Weight, base: Base) -> Patch:
-    """Go part of the way, or beyond: base + weight * (v - base).
+def apply_alpha(patch: Patch, alpha: Weight, base: Base) -> Patch:
+    """Replace the values v of a patch by base + alpha * (v - base).
 
     Args:
         patch: The patch.
-        weight: 1 gives the patch itself, 0 the base's values; one number, or one per tensor name.
+        alpha: 1 gives the patch itself, 0 the base's values; one number, or one per tensor name.
         base: As in `stitch`.
 
     Returns:
@@ -159,30 +101,30 @@ def scale(patch: Patch, weight: Weight, base: Base) -> Patch:
 
     Raises:
         PatchError: As in `stitch`.
-        ValueError: The weight is not finite.
+        ValueError: Alpha is not finite.
     """
-    return stitch([patch], [weight], base=base)
+    return stitch([patch], [alpha], base=base)
 
 
 def union(patches: Sequence[Patch]) -> Patch:
-    """Take the entries that any of the patches takes; where several do, the mean of their values.
+    """Unite patches: take the entries that any of them takes, with the mean of the values where several do.
 
     Args:
         patches: Patches of one base.
 
     Returns:
-        The patch: a patch itself, bit for bit, where it is united with itself.
+        The patch. The union of a patch with itself is that patch, bit for bit.
 
     Raises:
         PatchError: The patches are malformed or of different bases.
     """
     shapes = common_shapes(patches)
-    met = {name: _meet([part for _, part in parts], 1) for name, parts in _together(patches).items()}
+    met = {name: _mean_where([part for _, part in parts], 1) for name, parts in _parts_by_tensor(patches).items()}
     return Patch(_without_empty(met), shapes)
 
 
 def intersection(patches: Sequence[Patch]) -> Patch:
-    """Take the entries that all of the patches take, and the mean of their values.
+    """Intersect patches: take the entries that all of them take, with the mean of their values.
 
     Args:
         patches: Patches of one base, at least one.
@@ -194,18 +136,21 @@ def intersection(patches: Sequence[Patch]) -> Patch:
         PatchError: There are no patches, or they are malformed or of different bases.
     """
     if not patches:
-        raise PatchError("patches must be at least one, got none. Only a union can be empty.")
+        raise PatchError("patches must be at least one, got none. A union may be empty.")
     shapes = common_shapes(patches)
-    met = {name: _meet([part for _, part in parts], len(patches)) for name, parts in _together(patches).items()}
+    met = {
+        name: _mean_where([part for _, part in parts], len(patches))
+        for name, parts in _parts_by_tensor(patches).items()
+    }
     return Patch(_without_empty(met), shapes)
 
 
 def subtract(patch: Patch, other: Patch) -> Patch:
-    """Take the entries of a patch that another one leaves alone: the difference of their masks.
+    """Subtract a mask: keep the entries of a patch that another patch does not take.
 
     Args:
-        patch: What to take from.
-        other: What to leave out; its values do not matter.
+        patch: The patch whose entries are kept.
+        other: The patch whose entries are left out; its values do not matter.
 
     Returns:
         The patch, with its own values.
@@ -228,21 +173,21 @@ def conflicts(patches: Sequence[Patch]) -> dict[str, int]:
         patches: Patches of one base.
 
     Returns:
-        How many by tensor name, without the tensors that have none. Their sum is the total.
+        Number of such entries by tensor name, without tensors that have none.
 
     Raises:
         PatchError: The patches are malformed or of different bases.
     """
     common_shapes(patches)
     found = {}
-    for name, parts in _together(patches).items():
+    for name, parts in _parts_by_tensor(patches).items():
         _, counts = torch.cat([part.indices for _, part in parts]).unique(return_counts=True)
         found[name] = int((counts > 1).sum())
     return {name: count for name, count in found.items() if count}
 
 
 def common_shapes(patches: Sequence[Patch]) -> dict[str, tuple[int, ...]] | None:
-    """Check every patch, and that they can be of one base.
+    """Check that patches are well formed and can be of one base, and return the shapes that they agree on.
 
     Args:
         patches: Patches.
@@ -254,65 +199,54 @@ def common_shapes(patches: Sequence[Patch]) -> dict[str, tuple[int, ...]] | None
         PatchError: A patch is malformed, or two have other shapes for a tensor.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    apart = []
+    conflicting = []
     for patch in patches:
         patch.validate()
         for name, shape in (patch.shapes or {}).items():
             if shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                apart.append(f"{name!r} of shape {shapes[name]} and {tuple(shape)}")
-    if apart:
-        raise PatchError(f"patches must be of one base, got {apart[:MAX_LISTED]}. Leave the patch of another base out.")
+                conflicting.append(f"{name!r} of shape {shapes[name]} and {tuple(shape)}")
+    if conflicting:
+        raise PatchError(
+            f"patches must be of one base, got {conflicting[:MAX_LISTED]}. One of them was made for another model."
+        )
     return shapes if patches and all(patch.shapes is not None for patch in patches) else None
 
 
-# One tensor at a time
+def _stitch_tensor(
+    parts: Sequence[TensorPatch],
+    weights: Sequence[float],
+    combination: Combination,
+    name: str,
+    read: Callable[[str, torch.Tensor], torch.Tensor],
+) -> TensorPatch:
+    indices, positions = align_indices([part.indices for part in parts])
+    base = read(name, indices)
+    grafted = [
+        grafted_values(base[at], part.values, weight)
+        for part, at, weight in zip(parts, positions, weights, strict=True)
+    ]
+    values, taken = scatter_rows(grafted, positions, indices.numel())
+    start = base.double()
+    votes = combination.cast_votes(torch.where(taken, values - start, 0.0), taken)
+    count, result = votes.sum(0), masked_sum(values, votes)
+    if combination.reduce == "mean":
+        result = result / count
+    else:  # the base is in every one of the values, and counts once
+        result = torch.where(count > 1, result - (count - 1) * start, result)
+    return TensorPatch(indices[count > 0], _round_once(result[count > 0], parts, base.dtype))
 
 
-def scaled(base: torch.Tensor, values: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-    """base + weight * (values - base), computed in float32 and not rounded any further."""
-    return base.float() + weight * (values.float() - base.float())
+def _mean_where(parts: Sequence[TensorPatch], min_count: int) -> TensorPatch:
+    """Take the entries that at least `min_count` patches take, with the mean of their values."""
+    indices, positions = align_indices([part.indices for part in parts])
+    values, taken = scatter_rows([part.values for part in parts], positions, indices.numel())
+    count = taken.sum(0)
+    keep = count >= min_count
+    return TensorPatch(indices[keep], _round_once((masked_sum(values, taken) / count)[keep], parts))
 
 
-def align(indices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Put several masks of a tensor side by side.
-
-    Args:
-        indices: Flat indices of each, int64 [n_i], increasing.
-
-    Returns:
-        Flat indices that any of them takes, int64 [n], increasing; and where in it each one's are, int64 [n_i].
-    """
-    everything = torch.cat(list(indices)).unique()
-    return everything, [torch.searchsorted(everything, one) for one in indices]
-
-
-def spread(
-    values: Sequence[torch.Tensor], where: Sequence[torch.Tensor], size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay values out over the entries that any patch takes.
-
-    Args:
-        values: Each patch's, [n_i].
-        where: Where they go, int64 [n_i], each in [0, size).
-        size: Number of entries.
-
-    Returns:
-        Values float64 [K, size], and which of them there are, bool [K, size].
-    """
-    empty = values[0].new_zeros(size, dtype=torch.float64)
-    rows = [empty.index_put((at,), one.double()) for one, at in zip(values, where, strict=True)]
-    taken = [torch.zeros_like(empty, dtype=torch.bool).index_fill(0, at, True) for at in where]
-    return torch.stack(rows), torch.stack(taken)
-
-
-def total(rows: torch.Tensor, say: torch.Tensor) -> torch.Tensor:
-    """Add up the rows that have a say in a column, whatever order they come in: float64 [K, n], bool [K, n] -> [n]."""
-    # -0.0 and not 0.0, because adding it changes nothing, not even the sign of a zero.
-    return reduce(torch.add, torch.where(say, rows, -0.0).sort(0).values)
-
-
-def _together(patches: Sequence[Patch]) -> dict[str, list[tuple[int, TensorPatch]]]:
-    """The parts of every tensor that has any, each with the number of its patch."""
+def _parts_by_tensor(patches: Sequence[Patch]) -> dict[str, list[tuple[int, TensorPatch]]]:
+    """Group the patches' parts by tensor name, each with the number of its patch; empty parts are left out."""
     found: dict[str, list[tuple[int, TensorPatch]]] = {}
     for i, patch in enumerate(patches):
         for name, part in patch.tensors.items():
@@ -321,33 +255,25 @@ def _together(patches: Sequence[Patch]) -> dict[str, list[tuple[int, TensorPatch
     return dict(sorted(found.items()))
 
 
-def _meet(parts: Sequence[TensorPatch], at_least: int) -> TensorPatch:
-    """The entries that at least so many take, with the mean of their values."""
-    indices, where = align([part.indices for part in parts])
-    values, taken = spread([part.values for part in parts], where, indices.numel())
-    count = taken.sum(0)
-    keep = count >= at_least
-    return TensorPatch(indices[keep], _rounded((total(values, taken) / count)[keep], parts))
-
-
-def _moved(base: torch.Tensor, values: torch.Tensor, weight: float) -> torch.Tensor:
-    # base + 1 * (values - base) would not be the values.
-    return values if weight == 1 else scaled(base, values, weight)
-
-
-def _weight_of(weight: Weight, name: str) -> float:
+def _weight_in(weight: Weight, name: str) -> float:
     return weight.get(name, 1.0) if isinstance(weight, Mapping) else weight
 
 
-def _rounded(values: torch.Tensor, parts: Sequence[TensorPatch], base: torch.dtype | None = None) -> torch.Tensor:
+def _round_once(values: torch.Tensor, parts: Sequence[TensorPatch], base: torch.dtype | None = None) -> torch.Tensor:
+    """Round to the dtype that the patches share, or to one that holds the base's values too where that is coarser."""
     narrow = reduce(torch.promote_types, [part.values.dtype for part in parts])
     wide = narrow if base is None else torch.promote_types(narrow, base)
     small, large = values.to(narrow), values.to(wide)
     return small if torch.equal(small.to(wide), large) else large
 
 
-def _reader(base: Base, last: Mapping[str, int]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """A function for the base's entries, once it is known that it has all tensors up to these indices."""
+def _entry_reader(base: Base, last: Mapping[str, int]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return a function (name, flat indices) -> the base's values, after checking that it has tensors of these sizes.
+
+    Args:
+        base: As in `stitch`.
+        last: The highest index that will be read, by tensor name.
+    """
     if not isinstance(base, Mapping):
         return base
     missing = [name for name in last if name not in base]
@@ -362,3 +288,7 @@ def _reader(base: Base, last: Mapping[str, int]) -> Callable[[str, torch.Tensor]
 
 def _without_empty(tensors: Mapping[str, TensorPatch]) -> dict[str, TensorPatch]:
     return {name: part for name, part in sorted(tensors.items()) if part.indices.numel()}
+
+
+# The names under which tuner/layer.py still imports these.
+align, spread, total, scaled = align_indices, scatter_rows, masked_sum, grafted_values

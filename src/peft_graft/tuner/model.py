@@ -271,7 +271,7 @@ class GraftModel(PatchMaker, BaseTuner):
             adapters: Names of the grafts to combine; of a learned mask, the exact one is taken.
             weights: A finite number for each: 1 goes all the way to a graft, 0.5 half of it, -1 the opposite way.
             adapter_name: Name of the new adapter.
-            combination_type: A row of `compose.COMBINATIONS`: "linear", "mean" (with weights of 1 the same bits as
+            combination_type: A name in `COMBINATIONS`: "linear", "mean" (with weights of 1 the same bits as
                 all adapters active together), "disjoint" or "ties".
             modules_to_save_from: Whose `modules_to_save` (task heads) to take, needed where the adapters' differ.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..patch.combine import conflicts, scale, stitch, stitch_problems
+from ..patch.combine import apply_alpha, conflicts, stitch, stitch_problems
 from ..patch.fingerprint import Fingerprint
 from ..patch.patch import Patch
 from .backends.quantized import require_float
@@ -27,7 +27,9 @@ def read_patch(tuner: PatchMaker, adapter_name: str, with_alpha: bool) -> Patch:
             f"adapter_name must be a loaded graft, got {adapter_name!r}. Loaded are {sorted(tuner.peft_config)}."
         )
     patch = live_patch(tuner.model, adapter_name)
-    return scale(patch, _alphas(tuner, adapter_name, patch), _base(tuner, [adapter_name])) if with_alpha else patch
+    return (
+        apply_alpha(patch, _alphas(tuner, adapter_name, patch), _base(tuner, [adapter_name])) if with_alpha else patch
+    )
 
 
 def combine(
@@ -46,7 +48,7 @@ def combine(
         adapters: Their names.
         weights: One for each.
         adapter_name: Name of the new adapter.
-        combination_type: A row of `COMBINATIONS`.
+        combination_type: A name in `COMBINATIONS`.
         modules_to_save_from: Whose modules to save to take.
         base: (name, flat indices) -> the base's values, where the model has none; by default the model's.
 

@@ -25,7 +25,7 @@ from ..adapter_files.hub_names import CONFIG_FILE
 from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
-from ..patch.combine import scaled
+from ..patch.arithmetic import grafted_values
 from ..patch.patch import PEFT_PREFIX, Fingerprint, Patch, PatchError, parse_file_key
 from ..tuner import GraftConfig
 
@@ -127,8 +127,7 @@ class StoredGraft:
         """Return what the patch of a tensor writes: alpha on it, rounded once to the dtype in which the base loads."""
         before, part = self._base[name], self.patch.tensors[name]
         alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
-        after = part.values if alpha == 1 else scaled(before, part.values, alpha)
-        return after.to(before.dtype)
+        return grafted_values(before, part.values, alpha).to(before.dtype)
 
     def deltas(self, name: str) -> torch.Tensor:
         """Return what the patch of a tensor adds to the base, float32 [n]."""

@@ -58,7 +58,7 @@ def stitch_adapters(
         adapters: Directories or Hub ids of grafts of one base, at least one; `id@revision` for a branch, tag or commit.
         output_dir: The new adapter's directory; it appears when the adapter is whole.
         weights: A finite number for each; 1 by default.
-        combination: A row of `compose.COMBINATIONS`.
+        combination: A name in `COMBINATIONS`.
         base: The base's directory or Hub id; by default the one that the adapters name.
         base_revision: Branch, tag or commit of a base on the Hub.
         modules_to_save_from: Which of the adapters to take task heads from, needed where theirs differ.

@@ -1,4 +1,4 @@
-"""What is a name that others can follow, and what must not leave this machine."""
+"""Hub ids are told from local paths, and local paths are kept out of what is published."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from peft_graft.adapter_files.hub_names import cached_commit, is_path, make_public, public_base, public_name
+from peft_graft.adapter_files.hub_names import cached_commit, is_path, public_base, public_name, strip_local_paths
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model", "Org-1/model_v2.0", "BertModel"])
@@ -58,7 +58,7 @@ def config(directory: Path, **fields: object) -> Path:
     return path
 
 
-def test_make_public_takes_paths_out(tmp_path: Path) -> None:
+def test_local_paths_are_removed(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     path = config(
@@ -71,7 +71,7 @@ def test_make_public_takes_paths_out(tmp_path: Path) -> None:
         provenance={"versions": {"peft": "1"}, "command": ["extract", str(base)]},
     )
     with pytest.warns(UserWarning, match="published without the base's name"):
-        make_public(tmp_path)
+        strip_local_paths(tmp_path)
     assert json.loads(path.read_text()) == {
         "base_model_name_or_path": None,
         "revision": None,
@@ -83,12 +83,12 @@ def test_make_public_takes_paths_out(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["adapter_config.json"]
 
 
-def test_make_public_leaves_public_names_and_their_bytes(tmp_path: Path) -> None:
+def test_a_configuration_without_local_paths_is_not_rewritten(tmp_path: Path) -> None:
     path = config(tmp_path, base_model_name_or_path="org/base", revision="v1", donor="zeros")
     before = path.stat().st_mtime_ns, path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_public(tmp_path)
+        strip_local_paths(tmp_path)
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
 
 

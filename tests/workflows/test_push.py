@@ -13,11 +13,13 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
+from adapter_cards import METRICS, save
 from grafts import output
 from hub_client import Client, ClientError
 from hub_server import Fault, Hub
 from models import inputs, perturbed, tiny_bert
 from peft_graft import Patch
+from peft_graft.workflows.push import push, write_card
 
 pytestmark = pytest.mark.hub
 
@@ -312,3 +314,17 @@ def test_trainer_pushes_a_card_of_ours(world: World, tmp_path: Path) -> None:
     for commit in world.hub.repositories["me/trained"].commits.values():  # also those of the checkpoints
         if config_file := commit.get("adapter_config.json"):
             assert str(world.base) not in config_file.content.decode()
+
+
+def test_metrics_may_come_from_a_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "adapter")
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    write_card(tmp_path / "adapter", tmp_path / "metrics.json")
+    assert "0.9062" in path.read_text()
+
+
+def test_only_whole_grafts_have_a_card_and_are_published(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="directory must hold a saved graft"):
+        write_card(tmp_path)
+    with pytest.raises(ValueError, match="got 'no directory'"):
+        push(tmp_path / "nowhere", "me/skill")

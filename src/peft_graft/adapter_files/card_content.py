@@ -1,4 +1,4 @@
-"""What a card says: the metadata that the Hub reads, and the text that people read."""
+"""Fill a model card: its metadata for the Hub, and its text for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import public_base, public_name
-from .summary import PACKAGES, Saved, installed_versions
+from .summary import SavedAdapter, recorded
+from .versions import PACKAGES, installed_versions
 
 TITLE = "Skill graft"
 REPO = "this/repository"
@@ -26,7 +27,7 @@ _LEGEND = {
     "agreement": "agreement: share of the rows on which a model decides as the donor does.",
     "forgotten": "forgotten: share of the rows that the base gets right and this model does not.",
 }
-# task_type of PEFT: tag of the Hub, the class that loads base and adapter at once.
+# PEFT's task_type: the Hub's pipeline tag, and the class that loads base and adapter at once.
 _TASKS = {
     "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
     "TOKEN_CLS": ("token-classification", "AutoPeftModelForTokenClassification"),
@@ -37,15 +38,24 @@ _TASKS = {
 }
 
 
-def update_data(
+def update_metadata(
     data: ModelCardData,
-    saved: Saved,
+    saved: SavedAdapter,
     metrics: Mapping[str, Any] | None,
-    is_known: bool,
+    keep_scores: bool,
     repo_id: str | None,
     tags: Sequence[str],
 ) -> None:
-    """Set what the Hub reads; keep what a person has added."""
+    """Update the metadata of a card in place, and keep the fields and tags that a person has added.
+
+    Args:
+        data: The card's metadata.
+        saved: The adapter.
+        metrics: Scores, as in `card.refresh_card`.
+        keep_scores: Whether to keep the scores in `data`, instead of replacing them by those of `metrics`.
+        repo_id: Repository where the adapter will be published.
+        tags: Further tags.
+    """
     base = public_base(saved.config.get("base_model_name_or_path"))
     if base is None and isinstance(data.base_model, str):
         base = public_name(data.base_model)
@@ -59,7 +69,7 @@ def update_data(
     data.pipeline_tag = data.pipeline_tag or pipeline_tag
     ours = tuple(f"({name})" for name in _MODELS)
     results = list(data.eval_results or [])
-    if metrics is not None or not is_known:
+    if not keep_scores:
         results = [result for result in results if not (result.metric_name or "").endswith(ours)]
         results += _results(metrics or {}, pipeline_tag)
     data.eval_results = results or None
@@ -68,7 +78,8 @@ def update_data(
 
 
 def _results(metrics: Mapping[str, Any], pipeline_tag: str | None) -> list[EvalResult]:
-    """Entries of the model-index. Only the graft's have plain names, so that nobody takes the donor's for them."""
+    """Return the entries of the model-index, in which only the graft's scores have plain names."""
+    # The index does not tell models apart: with a plain name, the donor's score would be taken for the graft's.
     dataset = _measured_on(metrics)
     return [
         EvalResult(
@@ -85,7 +96,7 @@ def _results(metrics: Mapping[str, Any], pipeline_tag: str | None) -> list[EvalR
 
 
 def _scores(metrics: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Finite numbers of one model, in the order of the table; agreement of the donor with itself says nothing."""
+    """Return the finite scores of one model in the order of the table, without those that are trivial for it."""
     found = metrics.get(name) or {}
     return {
         metric: float(found[metric])
@@ -96,19 +107,19 @@ def _scores(metrics: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _measured_on(metrics: Mapping[str, Any]) -> str:
-    """Name of the data that was measured on: a Hub id as it is, of a file only its name."""
+    """Return the name of the evaluation data: a Hub id, or the name of a file without its path."""
     data = _data(metrics)
     name = data.get("validation") or data.get("train") or "unnamed data"
     return _data_name(str(name))
 
 
 def _data(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Names of the data; examples/graft.py has always recorded them among its arguments too."""
+    """Return the names of the data, which older files of examples/graft.py hold under `arguments`."""
     return metrics.get("data") or metrics.get("arguments") or {}
 
 
 def _data_name(name: str) -> str:
-    """Return the name of a data set without the path to it."""
+    """Return the name of a dataset without the path to it."""
     return re.split(r"[\\/]", name)[-1] if os.path.exists(name) or "\\" in name or os.path.isabs(name) else name
 
 
@@ -119,13 +130,23 @@ def template() -> str:
 
 def render(
     data: ModelCardData,
-    saved: Saved,
+    saved: SavedAdapter,
     metrics: Mapping[str, Any] | None,
     pictures: Sequence[tuple[str, str]],
-    repo_id: str | None,
     training: str | None,
 ) -> ModelCard:
-    """Fill the template."""
+    """Fill the template of the card.
+
+    Args:
+        data: The card's metadata.
+        saved: The adapter.
+        metrics: Scores, as in `card.refresh_card`.
+        pictures: File name and caption of each picture.
+        training: Section on the training procedure, if there is one.
+
+    Returns:
+        The card, with `REPO` in the place of the repository's name.
+    """
     scores = {name: _scores(metrics or {}, name) for name in _MODELS}
     shown = [metric for metric in _METRICS if any(metric in values for values in scores.values())]
     _, auto_class = _TASKS.get(saved.config.get("task_type") or "", (None, None))
@@ -139,7 +160,7 @@ def render(
         facts=_facts(saved),
         largest=_largest(saved),
         versions=_versions(saved),
-        stamp=saved.stamp,
+        content_hash=saved.content_hash,
         metrics=shown,
         scores=[
             (name, [f"{values[metric]:.4f}" if metric in values else "" for metric in shown])
@@ -154,7 +175,7 @@ def render(
 
 
 def _sentence_on_data(metrics: Mapping[str, Any]) -> str:
-    """What was measured on, and what the mask and alpha come from."""
+    """Return sentences on the evaluation data, and on the data that the mask and alpha come from."""
     data, rows = _data(metrics), metrics.get("rows") or {}
     measured = f"{rows['validation']:,} rows of " if rows.get("validation") else ""
     text = [f"Measured on {measured}`{_cell(_measured_on(metrics))}`."]
@@ -165,41 +186,51 @@ def _sentence_on_data(metrics: Mapping[str, Any]) -> str:
     return " ".join([*text, *([_cell(metrics["note"])] if metrics.get("note") else [])])
 
 
-def _facts(saved: Saved) -> list[tuple[str, str]]:
-    """Rows of the table: how the patch was made, and what it weighs."""
-    config, entries = saved.config, sum(saved.counts.values())
-    fingerprint, eligible = config.get("fingerprint") or {}, config.get("eligible")
-    alpha = config.get("alpha")
-    rule = {name: config.get(name) for name in ("selection", "scope", "granularity")}
-    whole = f" (of which {sum(saved.whole.values()):,} for what is stored whole)" if saved.whole else ""
+def _facts(saved: SavedAdapter) -> list[tuple[str, str]]:
+    """Return the rows of the table of facts: origin, budget and size of the patch."""
+    config, modules = saved.config, saved.modules_to_save_bytes
+    scope = config.get("budget_scope", config.get("scope"))  # "scope" in adapters of 0.1.0
+    whole = f" (of which {sum(modules.values()):,} for `modules_to_save`)" if modules else ""
     found = {
         "base": _named(public_base(config.get("base_model_name_or_path")), config.get("revision")),
-        "fingerprint of the base": fingerprint
-        and f"`{fingerprint.get('sha256', '')[:16]}` over {fingerprint.get('count', 0):,} entries "
-        f"in {fingerprint.get('dtype')}",
+        "fingerprint of the base": _fingerprint(saved.record.get("fingerprint") or {}),
         "donor": _donor(config),
-        "rule": "`{selection}`, scope `{scope}`, granularity `{granularity}`".format_map(rule),
+        "rule": f"`{config.get('selection')}`, scope `{scope}`, granularity `{config.get('granularity')}`",
         "density": config.get("density"),
-        "entries": "candidates of a mask in training, not a finished patch"
-        if saved.in_training
-        else f"{entries:,}" + (f" of {eligible:,} eligible ({entries / eligible:.4%})" if eligible else ""),
-        "bytes": f"{saved.sizes[0]:,} for the tensors{whole}, {saved.sizes[1]:,} for the configuration",
-        "alpha": f"one per tensor, {min(alpha.values()):.4g} to {max(alpha.values()):.4g}"
-        if isinstance(alpha, dict) and alpha
-        else f"{alpha:.6g}"
-        if isinstance(alpha, int | float)
-        else alpha,
-        "stored whole": ", ".join(f"`{name}`" for name in saved.whole),
+        "entries": _entries(saved),
+        "bytes": f"{saved.tensors_bytes:,} for the tensors{whole}, {saved.config_bytes:,} for the configuration",
+        "alpha": _alpha(config.get("alpha")),
+        "modules_to_save": ", ".join(f"`{name}`" for name in modules),
         "seed": config.get("seed"),
     }
     return [(name, _cell(value)) for name, value in found.items() if value not in (None, "", {})]
 
 
+def _fingerprint(fields: Mapping[str, Any]) -> str:
+    if not fields:
+        return ""
+    return f"`{fields.get('sha256', '')[:16]}` over {fields.get('count', 0):,} entries in {fields.get('dtype')}"
+
+
+def _entries(saved: SavedAdapter) -> str:
+    if saved.in_training:
+        return "candidates of a mask in training, not a finished patch"
+    count, eligible = sum(saved.counts.values()), saved.record.get("eligible")
+    return f"{count:,}" + (f" of {eligible:,} eligible ({count / eligible:.4%})" if eligible else "")
+
+
+def _alpha(alpha: Any) -> Any:
+    if isinstance(alpha, dict) and alpha:
+        return f"one per tensor, {min(alpha.values()):.4g} to {max(alpha.values()):.4g}"
+    return f"{alpha:.6g}" if isinstance(alpha, int | float) else alpha
+
+
 def _donor(config: Mapping[str, Any]) -> str:
-    """Where the values come from: a model, zeros, or the grafts that this one was combined of."""
-    parts = (config.get("provenance") or {}).get("adapters")
+    """Return the origin of the values: a model, zeros, or the grafts that were combined into this one."""
+    provenance = recorded(config).get("provenance") or {}
+    parts = provenance.get("adapters")
     if parts:
-        how = config["provenance"].get("combination_type")
+        how = provenance.get("combination_type")
         named = (f"{part.get('weight')} x {part.get('entries'):,} entries, donor {_donor(part)}" for part in parts)
         return f"combined (`{how}`): {'; '.join(named)}"
     if config.get("donor") == "zeros":
@@ -207,21 +238,22 @@ def _donor(config: Mapping[str, Any]) -> str:
     return _named(public_name(config.get("donor")), config.get("donor_revision"))
 
 
-def _largest(saved: Saved, rows: int = 5) -> list[tuple[str, str, str]]:
+def _largest(saved: SavedAdapter, rows: int = 5) -> list[tuple[str, str, str]]:
     total = sum(saved.counts.values())
     ranked = sorted(saved.counts.items(), key=lambda item: (-item[1], item[0]))[:rows]
     return [(_cell(name), f"{count:,}", f"{count / total:.1%}") for name, count in ranked if count]
 
 
-def _versions(saved: Saved) -> list[tuple[str, str]]:
-    """Versions on record, of when the patch was made, or else the installed ones; PEFT's as PEFT itself writes it."""
-    recorded = (saved.config.get("provenance") or {}).get("versions") or {}
-    found = {name: recorded.get(name) for name in PACKAGES} if recorded else installed_versions()
+def _versions(saved: SavedAdapter) -> list[tuple[str, str]]:
+    """Return the versions recorded when the patch was made, or else the installed ones."""
+    # Spelled as PEFT does, which adds a line of its own where it finds no such line.
+    versions = (saved.record.get("provenance") or {}).get("versions") or {}
+    found = {name: versions.get(name) for name in PACKAGES} if versions else installed_versions()
     return [("PEFT" if name == "peft" else name, _cell(value)) for name, value in found.items() if value]
 
 
 def _named(name: str | None, revision: object) -> str:
-    """Link a name of the form owner/name; a model without a public name is said to be local."""
+    """Return a link to a model of the Hub, or a note that the model is not published."""
     if name is None:
         return "not published (a local directory or a model in memory)"
     text = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
@@ -229,5 +261,5 @@ def _named(name: str | None, revision: object) -> str:
 
 
 def _cell(value: object) -> str:
-    """Keep a value inside of its table cell."""
+    """Return a value without line breaks and bars, which would break out of its table cell."""
     return re.sub(r"[\s|]+", " ", str(value))

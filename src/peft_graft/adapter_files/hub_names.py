@@ -1,10 +1,9 @@
-"""Names that others can follow: what a published adapter may call its base and its donor."""
+"""Tell Hub ids from local paths, and keep local paths out of what is published."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
@@ -15,22 +14,24 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from ..patch.atomic import atomic_file
+
 CONFIG_FILE = "adapter_config.json"
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a path: absolute on any system, or beginning with `.` or `~`, or with a backslash."""
+    """Return whether a name can only be a path: absolute on any system, with a leading `.` or `~`, or a backslash."""
     return os.path.isabs(name) or PureWindowsPath(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
 
 
 def public_name(name: str | os.PathLike[str] | None) -> str | None:
-    """Return a name if it means the same to everybody: a Hub id, not a file or directory of this machine.
+    """Return a name if it is a Hub id, which everybody can follow, and not a path of this machine.
 
     Args:
-        name: What a model was loaded from.
+        name: Name or path that a model was loaded from.
 
     Returns:
-        The name, or None.
+        The name, or None if it is a path, an existing file or directory, or no valid id.
     """
     if not name or isinstance(name, os.PathLike) or is_path(name) or os.path.exists(name):
         return None
@@ -42,7 +43,7 @@ def public_name(name: str | os.PathLike[str] | None) -> str | None:
 
 
 def recorded_name(directory: str | os.PathLike[str]) -> str | None:
-    """Return the Hub id that the configuration in a model's directory gives as its origin, None where it gives none."""
+    """Return the Hub id that `config.json` in a model's directory records as its origin, None if there is none."""
     try:
         fields = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,22 +53,22 @@ def recorded_name(directory: str | os.PathLike[str]) -> str | None:
 
 
 def public_base(name: str | None) -> str | None:
-    """Return the public name of a base, which a local directory may have on record."""
+    """Return the Hub id of a base: its name, or else the id that its local directory records."""
     return public_name(name) or (recorded_name(name) if name else None)
 
 
 def cached_commit(name: str | None, revision: str | None) -> str | None:
-    """Return the commit that a model of the Hub was loaded at, as far as the cache can tell.
+    """Return the commit that a model of the Hub was loaded at, if the cache can tell.
 
-    A loaded model does not say its commit. A revision that was asked for leads to it; without one it is certain only
-    where the cache holds a single commit.
+    A loaded model does not record its commit. The cache resolves the revision that was asked for; without a revision
+    the commit is certain only if the cache holds a single one.
 
     Args:
-        name: What the model was loaded from.
+        name: Name or path that the model was loaded from.
         revision: Branch, tag or commit that was asked for, None if unknown.
 
     Returns:
-        The commit, or `revision` as it is.
+        The commit, or `revision` as it was given.
     """
     if name is None or public_name(name) is None:
         return revision
@@ -79,51 +80,49 @@ def cached_commit(name: str | None, revision: str | None) -> str | None:
     return commits[0] if len(commits) == 1 else None
 
 
-def make_public(directory: str | os.PathLike[str]) -> None:
-    """Take this machine's paths out of a saved adapter's configuration, before it is published.
+def strip_local_paths(directory: str | os.PathLike[str]) -> None:
+    """Remove local paths from the configuration of a saved adapter, before it is published.
 
-    A base in a local directory gets the name on record there, or none; a donor in a local directory gets none, as its
-    record names what it was fine-tuned from. Nothing is guessed.
+    The path of a base is replaced by the Hub id that its directory records, or removed. The path of a donor is removed:
+    the id that its directory records is that of the model it was fine-tuned from.
 
     Args:
-        directory: An adapter's directory; `adapter_config.json` in it is replaced at once or not at all.
+        directory: The adapter's directory, whose `adapter_config.json` is rewritten if it holds such paths.
 
     Warns:
-        UserWarning: The base has no public name, or another one than was used here.
+        UserWarning: The base was given by its path, so that its published name is another one or none.
     """
     path = Path(directory) / CONFIG_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
     base, donor = fields.get("base_model_name_or_path"), fields.get("donor")
-    clean = {name: _without_paths(value) if name == "provenance" else value for name, value in fields.items()}
+    clean = _clean_provenance(fields)
+    if isinstance(fields.get("record"), dict):
+        clean["record"] = _clean_provenance(fields["record"])
     if base and not public_name(base):
         found = public_base(base)
-        # A revision belongs to the name that it was given with.
+        # The revision belongs to the name that it was given with.
         clean |= {"base_model_name_or_path": found, "revision": None}
-        become = f"published as {found!r}, the name on record there" if found else "published without the base's name"
+        published = f"published as {found!r}, the id recorded there" if found else "published without the base's name"
         warnings.warn(
-            f"base_model_name_or_path should be the id of a Hub repository, got the local {base!r}; {become}. "
-            "Set it in model.peft_config[...] or adapter_config.json to let others find the base.",
+            f"base_model_name_or_path should be the id of a Hub repository, got the local {base!r}; it is {published}. "
+            "Set the id in model.peft_config[...] or adapter_config.json, so that others find the base.",
             stacklevel=3,
         )
     if donor and donor != "zeros" and not public_name(donor):
         clean |= {"donor": None, "donor_revision": None}
     if clean != fields:
-        replace_text(path, json.dumps(clean, indent=2, sort_keys=True))
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(clean, indent=2, sort_keys=True), encoding="utf-8", newline="")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _clean_provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
+    # No other field: in the base64 of a fingerprint, a leading slash means nothing.
+    return {name: _without_paths(value) if name == "provenance" else value for name, value in fields.items()}
 
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
-        # The donors of a combined graft: a relative path looks like the id of a repository.
+        # A donor of a combined graft may be a relative path, which looks like a Hub id.
         local = isinstance(value.get("donor"), str) and value["donor"] != "zeros" and not public_name(value["donor"])
         clean = {key: _without_paths(part) for key, part in value.items()}
         return clean | {"donor": None, "donor_revision": None} if local else clean

@@ -1,136 +1,210 @@
-"""What stands in an adapter's directory: the facts that a card and a push look at, without the patch's values."""
+"""Find a saved adapter and read the facts about it, each file at most once."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from ..patch.patch import PatchError, parse_file_key
+from ..patch.patch import PEFT_PREFIX, Patch, PatchError, parse_file_key
 from .hub_names import CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PACKAGES = ("peft-graft", "peft", "transformers", "torch")
+RECORDED = ("base_model_type", "eligible", "entries", "fingerprint", "provenance")
 
 _HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What stands in an adapter's directory, without its values.
+class SavedAdapter:
+    """A graft in a directory, as `read_saved` returns it.
+
+    The configuration and the header of the tensors are read at once. The patch and the hash of the file are read when
+    they are first needed, and kept: pass this object on instead of reading the directory again.
+
+    Args:
+        directory: The directory, which holds the two files of an adapter.
+        config: Fields of `adapter_config.json`.
 
     Attributes:
+        directory: The directory.
         config: Fields of `adapter_config.json`.
-        counts: Entries by tensor name.
-        whole: Bytes of what is stored whole (task heads), by the module's name.
-        sizes: Bytes of the two files.
-        stamp: Names the adapter: a hash of its tensors and of alpha.
-        num_labels: Rows of the stored task head, None where there is none.
-        in_training: Whether it is a checkpoint of a mask in training, which holds candidates instead of a patch.
+        config_bytes: Size of `adapter_config.json`.
+        tensors_bytes: Size of `adapter_model.safetensors`.
+        counts: Number of patched entries by tensor name.
+        modules_to_save_bytes: Bytes of the modules stored whole (task heads), by the module's name.
+        num_labels: Number of classes of the stored task head, None if there is none.
+        in_training: Whether this is a checkpoint of a mask in training, which holds candidates and no finished patch.
+
+    Raises:
+        PatchError: The file of the tensors is not whole safetensors.
     """
 
-    config: Mapping[str, Any]
-    counts: Mapping[str, int]
-    whole: Mapping[str, int]
-    sizes: tuple[int, int]
-    stamp: str
-    num_labels: int | None
-    in_training: bool
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self.directory, self.config = directory, config
+        self.config_bytes, self.tensors_bytes = (
+            (directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)
+        )
+        self.counts: dict[str, int] = {}
+        self.modules_to_save_bytes: dict[str, int] = {}
+        self.num_labels: int | None = None
+        self.in_training = False
+        self._read_header()
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The recorded results of the configuration, see `recorded`."""
+        return recorded(self.config)
+
+    def load_patch(self) -> Patch:
+        """Return the patch, which is read and validated by the first call.
+
+        Raises:
+            PatchError: The patch is malformed.
+        """
+        return self._patch
+
+    def load_modules_to_save(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the modules stored whole, by their name in the model."""
+        with safe_open(self.directory / WEIGHTS_FILE, framework="pt") as file:
+            keys = [key for key in file.keys() if parse_file_key(key) is None]  # noqa: SIM118 - not a mapping
+            return {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in keys}
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the tensors and of alpha, 16 hex digits. Adapters of one base that share it compute the same."""
+        digest = hashlib.sha256(json.dumps(self.config.get("alpha"), sort_keys=True).encode())
+        digest.update(self._tensors_digest)
+        return digest.hexdigest()[:16]
+
+    def copied_to(self, directory: str | os.PathLike[str]) -> SavedAdapter:
+        """Return this adapter as it stands in a copy of its directory, reading only the configuration again.
+
+        Args:
+            directory: A directory with the same tensors. Its configuration may differ.
+        """
+        copied = copy.copy(self)
+        copied.directory = Path(directory)
+        copied.config = _read_config(copied.directory)
+        copied.config_bytes = (copied.directory / CONFIG_FILE).stat().st_size
+        return copied
+
+    @cached_property
+    def _patch(self) -> Patch:
+        return Patch.load(self.directory / WEIGHTS_FILE)
+
+    @cached_property
+    def _tensors_digest(self) -> bytes:
+        with (self.directory / WEIGHTS_FILE).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+
+    def _read_header(self) -> None:
+        weights = self.directory / WEIGHTS_FILE
+        try:
+            with safe_open(weights, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                    part = file.get_slice(key)
+                    self._count(key, part.get_shape(), part.get_dtype())
+        except SafetensorError as error:
+            raise PatchError(
+                f"adapter file must be whole safetensors, got {str(weights)!r} ({error}). Save or download it again."
+            ) from error
+
+    def _count(self, key: str, shape: list[int], dtype: str) -> None:
+        parsed = parse_file_key(key)
+        if parsed is None:
+            name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
+            nbytes = math.prod(shape) * _ITEMSIZE.get(dtype, 1)
+            self.modules_to_save_bytes[name] = self.modules_to_save_bytes.get(name, 0) + nbytes
+            if _HEAD.search(key) and len(shape) == 2:
+                self.num_labels = shape[0]
+        elif parsed[2] == "values":
+            self.counts[".".join(part for part in parsed[:2] if part)] = shape[0]
+        elif parsed[2] == "logits":
+            self.in_training = True
 
 
-def read_saved(directory: str | os.PathLike[str]) -> Saved | None:
-    """Read what a card tells about a saved adapter; None if the directory does not hold a whole graft.
+def read_saved(directory: str | os.PathLike[str]) -> SavedAdapter | None:
+    """Read a saved adapter: its configuration and the header of its tensors.
+
+    Args:
+        directory: The adapter's directory.
+
+    Returns:
+        The adapter, or None if the directory does not hold both files of a graft.
 
     Raises:
         PatchError: The file of the tensors is not whole safetensors, or the configuration is not JSON.
     """
     path = Path(directory)
-    config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
-    if not config_file.is_file() or not weights.is_file():
+    if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
         return None
+    config = _read_config(path)
+    return SavedAdapter(path, config) if config.get("peft_type") == "GRAFT" else None
+
+
+def recorded(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the recorded results of an adapter's configuration, apart from the choices that it was made with.
+
+    Args:
+        config: Fields of `adapter_config.json`: the results in a block "record", or beside the choices (0.1.0).
+
+    Returns:
+        The results: `base_model_type`, `eligible`, `entries`, `fingerprint` and `provenance`, as far as there are any.
+    """
+    record = config.get("record")
+    return record if isinstance(record, Mapping) else {key: config[key] for key in RECORDED if key in config}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PatchError(
-            f"adapter config must be JSON, got {str(config_file)!r} ({error}). Save or download it again."
+            f"adapter config must be JSON, got {str(path)!r} ({error}). Save or download it again."
         ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "GRAFT":
-        return None
-    counts: dict[str, int] = {}
-    whole: dict[str, int] = {}
-    labels, in_training = None, False
-    try:
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
-                parsed, part = parse_file_key(key), file.get_slice(key)
-                shape = part.get_shape()
-                if parsed is None:
-                    name = key.removeprefix("base_model.model.").rpartition(".")[0]
-                    whole[name] = whole.get(name, 0) + math.prod(shape) * _ITEMSIZE.get(part.get_dtype(), 1)
-                    labels = shape[0] if _HEAD.search(key) and len(shape) == 2 else labels
-                elif parsed[2] == "values":
-                    counts[".".join(piece for piece in parsed[:2] if piece)] = shape[0]
-                else:
-                    in_training |= parsed[2] == "logits"
-    except SafetensorError as error:
-        raise PatchError(
-            f"adapter file must be whole safetensors, got {str(weights)!r} ({error}). Save or download it again."
-        ) from error
-    digest = hashlib.sha256(json.dumps(config.get("alpha"), sort_keys=True).encode())
-    with weights.open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
-    sizes = (weights.stat().st_size, config_file.stat().st_size)
-    return Saved(config, counts, whole, sizes, digest.hexdigest()[:16], labels, in_training)
+    return config if isinstance(config, dict) else {}
 
 
 def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the directory of an adapter; of a Hub id, after its two files have been fetched.
+    """Return the directory of a saved adapter, after downloading its two files if it is on the Hub.
 
     Raises:
-        PatchError: The repository has no such files.
-        OSError: There is no such directory, or the repository cannot be read.
+        PatchError: The repository does not hold the two files.
+        OSError: The directory does not exist, or the repository cannot be read.
     """
     path = Path(source)
     if path.exists():
         return path
     if isinstance(source, os.PathLike) or path.is_absolute() or source.startswith("."):
         raise FileNotFoundError(
-            f"adapter must be a directory, or a Hub id, got {os.fspath(source)!r}, which is not there. Check the path."
+            f"adapter must be an existing directory or a Hub id, got {os.fspath(source)!r}. Hub ids have no leading "
+            "slash or dot."
         )
     try:
         config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
-        # Both of one commit, which is what the cache's directory is named after.
+        # Both files of one commit, after which the cache names its directory.
         return Path(hf_hub_download(source, WEIGHTS_FILE, revision=config.parent.name)).parent
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"adapter must be a directory, or a Hub id that can be reached or is cached, got {source!r}. "
-            "Check the spelling and the network."
+            "A private repository needs a token: run `hf auth login`."
         ) from error
     except EntryNotFoundError as error:
         raise PatchError(
             f"adapter repository must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got {source!r} without. "
-            "Check that it is a PEFT adapter."
+            "The files of a PEFT adapter stand at the top of its repository."
         ) from error
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of what makes a patch, as far as they are installed as packages."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..checkpoints.pairing import FLOAT_DTYPES, count_nonfinite
+from .atomic import atomic_file
 from .fingerprint import Fingerprint
 from .index_codec import MAX_NUMEL, PatchError, broken, check_indices, decode_indices, encode_indices
 
@@ -158,12 +158,8 @@ class Patch:
         path = Path(path)
         # Copies, because safetensors refuses tensors that are slices of one storage.
         state = {key: tensor.clone() for key, tensor in self.to_tensors().items()}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
+        with atomic_file(path) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Patch:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_files import installed_versions
 from ..adapter_files.hub_names import cached_commit
+from ..adapter_files.versions import installed_versions
 from ..checkpoints.name_mapping import ModelView
 from ..checkpoints.pairing import CheckpointDonor, Donor, nothing_to_graft, open_donor, resolve_names, stream
 from ..selection.rules import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select

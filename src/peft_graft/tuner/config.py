@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 from torch import nn
 
-from ..adapter_files import refresh_card
-from ..adapter_files.hub_names import make_public
+from ..adapter_files.card import refresh_card
+from ..adapter_files.hub_names import strip_local_paths
 from ..peft_compat.register import GRAFT
 from ..selection.rules import RULES
 
@@ -177,7 +177,7 @@ class GraftConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if self.for_hub:
-            make_public(save_directory)
+            strip_local_paths(save_directory)
         refresh_card(save_directory)
 
 

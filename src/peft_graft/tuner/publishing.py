@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import TrainerCallback
 
-from ..adapter_files import CARD_FILE, read_saved, refresh_card
-from ..adapter_files.hub_names import make_public
+from ..adapter_files.card import CARD_FILE, refresh_card
+from ..adapter_files.hub_names import strip_local_paths
+from ..adapter_files.summary import read_saved
 from .config import GraftConfig
 from .trainer import register_with_trainer
 
@@ -38,9 +39,10 @@ def keep_card(model: nn.Module) -> None:
 
 def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """Complete the card that push_to_hub has put in place of the adapter's (a stock one, or the repository's own)."""
-    if read_saved(working_dir) is not None:
-        make_public(working_dir)
-        refresh_card(working_dir, repo_id=repo_id, tags=getattr(self, "model_tags", None) or ())
+    saved = read_saved(working_dir)
+    if saved is not None:
+        strip_local_paths(working_dir)
+        refresh_card(saved.copied_to(working_dir), repo_id=repo_id, tags=getattr(self, "model_tags", None) or ())
     return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,13 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..adapter_files import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..adapter_files.hub_names import CONFIG_FILE
+from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
-from ..patch.patch import PEFT_PREFIX, Fingerprint, Patch, PatchError, parse_file_key
+from ..patch.patch import Fingerprint, Patch, PatchError
 from ..tuner import GraftConfig
 
 _CLASSES: dict[str, Any] = {
@@ -187,11 +186,7 @@ def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor],
             f"adapter must be a finished graft, with {CONFIG_FILE} and {WEIGHTS_FILE}, got {found} in "
             f"{str(directory)!r}. Write one with save_pretrained or peft-graft extract."
         )
-    weights = directory / WEIGHTS_FILE
-    with safe_open(weights, framework="pt") as file:
-        keys = [key for key in file.keys() if parse_file_key(key) is None]  # noqa: SIM118 - not a mapping
-        heads = {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in keys}
-    return GraftConfig.from_pretrained(directory), Patch.load(weights), heads, saved.num_labels
+    return GraftConfig.from_pretrained(directory), saved.load_patch(), saved.load_modules_to_save(), saved.num_labels
 
 
 def _model_type(config: GraftConfig) -> Any:

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_files.atomic import require_room, written_aside
 from ..checkpoints.donor import INDEX_FILE, WEIGHTS_FILE
+from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import PEFT_PREFIX, PatchError
 from .adapter_on_base import StoredGraft
 
@@ -98,9 +98,9 @@ def export(
     if rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}. 8 is usual.")
     target = Path(output_dir)
-    require_room(target, overwrite)
+    check_output_dir(target, overwrite)
     graft = StoredGraft(adapter, base, base_revision, revision)
-    with written_aside(target) as directory:
+    with atomic_directory(target) as directory:
         done = EXPORTS[to].write(graft, directory, rank)
     done.directory = target
     return done

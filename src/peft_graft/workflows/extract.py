@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
-from ..adapter_files.atomic import require_room, written_aside
 from ..checkpoints.block_reader import MOST_WORKERS, Pairs, in_order, pool_of
 from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
+from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..selection.rules import SelectionError, get_rule
 from ..selection.streaming import Sieve, Taken
@@ -97,7 +97,7 @@ def extract(
         UserWarning: An exact patch is larger than the donor.
     """
     target = Path(output_dir)
-    require_room(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     config = _checked(config, exact)
     base_files = CheckpointDonor(base, base_revision, role="base")
     open_donor(config.donor, config.donor_revision)  # whose errors call it the donor
@@ -121,7 +121,7 @@ def extract(
         seed=config.seed,
     )
     # The configuration last: until then, the old one refuses the new tensors.
-    with written_aside(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
+    with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
         with tqdm(
             total=sum(pairs.nbytes) * sieve.passes, unit="B", unit_scale=True, desc="reading", disable=not progress
         ) as bar:

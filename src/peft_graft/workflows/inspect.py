@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapter_files import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..adapter_files.hub_names import CONFIG_FILE
+from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..analysis.localization import Place, locate
 from ..checkpoints.donor import CheckpointDonor, Extent
 from ..patch.index_codec import CODECS

@@ -15,11 +15,11 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from ..adapter_files import CARD_FILE, WEIGHTS_FILE, Saved, adopt_edits, read_saved, refresh_card, save_card
-from ..adapter_files.hub_names import CONFIG_FILE, make_public
+from ..adapter_files.card import CARD_FILE, adopt_edits, refresh_card, save_card
+from ..adapter_files.hub_names import CONFIG_FILE, strip_local_paths
+from ..adapter_files.summary import WEIGHTS_FILE, SavedAdapter, read_saved
 from ..analysis.localization import locate
 from ..analysis.plots import density_recovery, skill_map
-from ..patch.patch import Patch
 
 MAP_FILE = "skill_map.png"
 RECOVERY_FILE = "density_recovery.png"
@@ -48,22 +48,30 @@ def write_card(
     Raises:
         ValueError: The directory holds no finished graft.
     """
-    path = Path(directory)
-    _require_graft(path)
+    return _write_card(_require_graft(Path(directory)), metrics, recovery, repo_id)
+
+
+def _write_card(
+    saved: SavedAdapter,
+    metrics: Mapping[str, Any] | str | os.PathLike[str] | None,
+    recovery: Mapping[str, Any] | None,
+    repo_id: str | None,
+) -> Path:
+    path = saved.directory
     if metrics is None or isinstance(metrics, Mapping):
         scores = metrics
     else:
         scores = json.loads(Path(metrics).read_text(encoding="utf-8"))
     pictures = []
     if find_spec("matplotlib") is not None:
-        place = locate(Patch.load(path / WEIGHTS_FILE))
+        place = locate(saved.load_patch())
         percent = 100 * place.share
         skill_map(percent, place.layers, place.modules, label="% of the patch").savefig(path / MAP_FILE)
         pictures.append((MAP_FILE, "Percent of the entries, by layer (the input below, the output above) and module"))
         if recovery is not None:
             density_recovery(**recovery).savefig(path / RECOVERY_FILE)
             pictures.append((RECOVERY_FILE, "How much of the donor's score a patch keeps, by density"))
-    card = refresh_card(path, metrics=scores, pictures=pictures, repo_id=repo_id)
+    card = refresh_card(saved, metrics=scores, pictures=pictures, repo_id=repo_id)
     if card is None:
         raise _no_graft(path)
     return card
@@ -104,16 +112,16 @@ def push(
         HfHubHTTPError: The Hub refuses, or cannot be reached; then nothing has changed there.
     """
     path = Path(directory)
-    _require_graft(path)
-    Patch.load(path / WEIGHTS_FILE)
+    saved = _require_graft(path)
+    saved.load_patch()  # refuse a damaged patch before anything is published
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         staging = Path(folder)
         names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if (path / CARD_FILE).is_file() else [])]
         for name in [*names, *_pictures(path)]:
             shutil.copyfile(path / name, staging / name)
-        make_public(staging)
-        write_card(staging, metrics, repo_id=repo_id)
+        strip_local_paths(staging)
+        _write_card(saved.copied_to(staging), metrics, None, repo_id)
         try:
             _open_repository(api, repo_id, private, revision, create_pr)
             _keep_published_text(api, repo_id, revision, staging / CARD_FILE)
@@ -165,7 +173,7 @@ def _pictures(directory: Path) -> list[str]:
     return sorted({name for name in shown if (directory / name).is_file()})
 
 
-def _require_graft(directory: Path) -> Saved:
+def _require_graft(directory: Path) -> SavedAdapter:
     saved = read_saved(directory)
     if saved is None:
         raise _no_graft(directory)

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_files.atomic import require_room, written_aside
+from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.combine import stitch_problems
 from ..patch.patch import PatchError
 from ..tuner import GraftModel
@@ -75,7 +75,7 @@ def stitch_adapters(
         OSError: There is no such adapter or base.
     """
     target = Path(output_dir)
-    require_room(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     given = [os.fspath(adapter) for adapter in adapters]
     weights = [1.0] * len(given) if weights is None else list(weights)
     problems = list(stitch_problems(len(given), weights, combination))
@@ -98,7 +98,7 @@ def stitch_adapters(
     )
     config = tuner.peft_config[_ADAPTER]
     config.provenance = {**(config.provenance or {}), "modules_to_save_from": chosen}
-    with written_aside(target, last=CONFIG_NAME) as directory:
+    with atomic_directory(target, last=CONFIG_NAME) as directory:
         model.save_pretrained(directory, selected_adapters=[_ADAPTER])
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Stitched(target, config.entries or 0, (config.provenance or {})["conflicts"], nbytes)

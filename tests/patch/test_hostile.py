@@ -1,6 +1,7 @@
 """Files from strangers: each loads to exactly what it says, or raises PatchError; no crash, no hang, no memory.
 
-`python tests/test_hostile.py --files 100000 --seed 0` runs the mutation alone and prints what came out.
+`python tests/patch/test_hostile.py --files 100000 --seed 0` runs the mutation alone and prints what came out; a failure
+prints the command that repeats it.
 """
 
 from __future__ import annotations
@@ -73,23 +74,7 @@ def mutated(good: bytes, source: random.Random) -> bytes:
         elif kind < 0.75:
             data[:8] = struct.pack("<Q", source.choice([0, 1, header, 2**31, 2**63, 2**64 - 1]))
         elif kind < 0.95:
-            words = [
-                b"9",
-                b"0",
-                b"-1",
-                b"1",
-                b",",
-                b"]",
-                b'"',
-                b"F64",
-                b"U8",
-                b"I64",
-                b"1e18",
-                b"4294967296",
-                b"../",
-                b"null",
-            ]
-            data[at : at + source.randint(0, 3)] = source.choice(words)
+            data[at : at + source.randint(0, 3)] = source.choice(WORDS)
         else:
             other = source.randrange(len(data) + 1)
             data[at : at + 16] = data[other : other + 16]
@@ -147,20 +132,26 @@ def fuzz(count: int, seed: int) -> tuple[Counter[str], float]:
     return found, slowest
 
 
-def run_fuzz(count: int, seed: int) -> dict[str, float]:
+def run_fuzz(count: int, seed: int) -> None:
+    again = f"again: python tests/patch/test_hostile.py --files {count} --seed {seed}"
     command = [sys.executable, "-W", "ignore", __file__, "--files", str(count), "--seed", str(seed)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, f"{result.stderr[-3000:]}\n{again}"
     report: dict[str, float] = json.loads(result.stdout)
-    assert report["refused"] + report["loaded"] == count
-    assert report["loaded"] > 0 and report["refused"] > count / 10  # neither side is vacuous
-    assert report["slowest"] < SLOWEST
-    return report
+    assert report["refused"] + report["loaded"] == count, again
+    assert report["loaded"] > 0 and report["refused"] > count / 10, again  # neither side is vacuous
+    assert report["slowest"] < SLOWEST, again
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_mutated_files_load_to_what_they_say_or_are_refused() -> None:
     run_fuzz(2000, seed=int(time.time()))
+
+
+def test_a_failure_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")  # a command that fails, in the place of the interpreter
+    with pytest.raises(AssertionError, match=r"again: python tests/patch/test_hostile.py --files 5 --seed 123456"):
+        run_fuzz(5, seed=123456)
 
 
 @pytest.mark.slow

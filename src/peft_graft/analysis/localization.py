@@ -1,4 +1,4 @@
-"""Where a mask lives, layer by layer and module by module, and how much masks overlap."""
+"""Localization of a mask by layer and kind of module, and overlap of several masks."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import torch
 from ..checkpoints.donor import MAX_LISTED
 from ..patch.patch import Patch
 
-# What a mask is here: a patch, or flat indices int64 [n], distinct, by tensor name.
+# A patch, or flat indices int64 [n], distinct, by tensor name.
 Mask = Patch | Mapping[str, torch.Tensor]
 Matrix = npt.NDArray[np.float64]
 
-_OUTSIDE = ("outside", -1)  # the row of what is in no numbered layer: embeddings, pooler, head
+_OUTSIDE = ("outside", -1)  # the row of tensors in no numbered layer: embeddings, pooler, head
 
-_LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")  # what stands before the first number, the number, and what follows
+_LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")  # the text before the first number, the number, and the text after it
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where the entries of a mask are: one row per layer, one column per kind of module; `plots.skill_map` draws it.
+    """Number of entries of a mask by layer (rows) and kind of module (columns); `plots.skill_map` draws it.
 
     Attributes:
-        layers: Names of the rows, from the first layer to the last, after them "outside".
+        layers: Names of the rows: the layers in order, then "outside" for tensors in no layer.
         modules: Names of the columns.
-        counts: Entries of the mask, float64 [layers, modules]; NaN where there is no such tensor.
-        sizes: Entries of the base there; NaN where there is no such tensor, or its shape is not known.
+        counts: Entries of the mask, float64 [layers, modules]; NaN where the base has no such tensor.
+        sizes: Entries of the base, float64 [layers, modules]; NaN where it has no such tensor, or its shape is unknown.
     """
 
     layers: tuple[str, ...]
@@ -42,7 +42,7 @@ class Place:
 
     @property
     def share(self) -> Matrix:
-        """Share of the mask's entries that each cell has, in [0, 1]; they add up to 1."""
+        """Share of the mask's entries in each cell, in [0, 1]; the cells add up to 1."""
         return self.counts / max(np.nansum(self.counts), 1.0)
 
     @property
@@ -55,14 +55,13 @@ class Place:
 def locate(mask: Mask, shapes: Mapping[str, Sequence[int]] | None = None) -> Place:
     """Count the entries of a mask by layer and kind of module.
 
-    A layer is what stands before the first number in a tensor's name, and that number; the kind of module is what
-    follows, without a final `weight` or `bias`: `bert.encoder.layer.3.output.dense.weight` counts for layer 3 and
-    "output.dense".
+    The layer of a tensor is its name up to the first number; the kind of module is the rest without a final `weight` or
+    `bias`: `bert.encoder.layer.3.output.dense.weight` counts for layer 3 and "output.dense".
 
     Args:
         mask: A patch, or flat indices by tensor name.
-        shapes: Shape of every tensor that might be in the mask, so that it shows what the mask leaves alone. By
-            default, those that the patch knows; otherwise only the mask's own tensors are shown.
+        shapes: Shape of every tensor that may be masked, so that tensors without entries are counted too. By default
+            the shapes that a patch knows; without any, only tensors in the mask are counted.
 
     Returns:
         The counts.
@@ -75,7 +74,8 @@ def locate(mask: Mask, shapes: Mapping[str, Sequence[int]] | None = None) -> Pla
     names = list(indices if known is None else known)
     if unknown := sorted(indices.keys() - set(names)):
         raise ValueError(
-            f"mask must lie in tensors of known shape, got {unknown[:MAX_LISTED]} beside them. Give all shapes."
+            f"mask must lie in tensors of known shape, got {unknown[:MAX_LISTED]} without. Give all shapes, as "
+            "{name: tuple(p.shape) for name, p in model.named_parameters()}."
         )
     cells = {name: _cell(name) for name in names}
     stems = list(dict.fromkeys(layer[0] for layer, _ in cells.values()))
@@ -94,11 +94,11 @@ def locate(mask: Mask, shapes: Mapping[str, Sequence[int]] | None = None) -> Pla
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How many entries masks have in common.
+    """Number of entries that masks have in common.
 
     Attributes:
         names: Names of the masks, in the order of the rows and columns.
-        common: Entries that both masks take, int64 [masks, masks]; on the diagonal, how many each has.
+        common: Entries that both masks take, int64 [masks, masks]; the diagonal has the size of each mask.
     """
 
     names: tuple[str, ...]
@@ -119,23 +119,22 @@ class Overlap:
     def of_smaller(self) -> Matrix:
         """|A and B| / min(|A|, |B|), in [0, 1]; NaN where a mask is empty.
 
-        1 where one region lies in the other. The regions of similar tasks overlap more (Panigrahi et al. 2023,
-        arXiv 2302.06600, in models trained on many tasks); divided by the smaller one, regions of different sizes
-        can be compared.
+        It is 1 if one mask contains the other. Masks of similar tasks overlap more (Panigrahi et al. 2023, arXiv
+        2302.06600, for models trained on many tasks); the division by the smaller size lets masks of different sizes be
+        compared.
         """
         return _ratio(self.common, np.minimum(self.sizes[:, None], self.sizes[None, :]))
 
     @property
     def of_column(self) -> Matrix:
-        """|A and B| / |B|, the share of B (the column) that A (the row) takes too, in [0, 1]; NaN where B is empty."""
+        """|A and B| / |B|: share of mask B (column) that mask A (row) takes too, in [0, 1]; NaN where B is empty."""
         return _ratio(self.common, np.broadcast_to(self.sizes, self.common.shape))
 
 
 def overlap(masks: Mapping[str, Mask]) -> Overlap:
-    """Count the entries that each two masks have in common.
+    """Count the entries that every pair of masks has in common.
 
-    Two masks drawn at random of densities p and q have p * q of all entries in common: compare with that before calling
-    an overlap large.
+    The baseline for an overlap: two random masks of densities p and q are expected to share p * q of all entries.
 
     Args:
         masks: Masks of one base by name.
@@ -148,24 +147,24 @@ def overlap(masks: Mapping[str, Mask]) -> Overlap:
     for row, one in enumerate(indices.values()):
         for column, other in enumerate(indices.values()):
             if row <= column:
-                both = one.keys() & other.keys()
-                count = sum(int(torch.isin(one[n], other[n], assume_unique=True).sum()) for n in both)
+                shared = one.keys() & other.keys()
+                count = sum(int(torch.isin(one[n], other[n], assume_unique=True).sum()) for n in shared)
                 common[row, column] = common[column, row] = count
     return Overlap(tuple(masks), common)
 
 
 def indices_of(mask: Mask) -> dict[str, torch.Tensor]:
-    """Flat indices of a mask by tensor name."""
+    """Return the flat indices of a mask by tensor name."""
     return {name: part.indices for name, part in mask.tensors.items()} if isinstance(mask, Patch) else dict(mask)
 
 
 def _cell(name: str) -> tuple[tuple[str, int], str]:
-    """The layer that a tensor is in, as (what stands before its number, the number), and its kind of module."""
+    """Return the layer of a tensor, as (name before its number, number), and its kind of module."""
     module = re.sub(r"\.(weight|bias)$", "", name)
     match = _LAYER.fullmatch(module)
     return ((match[1], int(match[2])), match[3]) if match else (_OUTSIDE, module)
 
 
-def _ratio(over: npt.NDArray[np.int64], under: npt.NDArray[np.int64]) -> Matrix:
+def _ratio(numerator: npt.NDArray[np.int64], denominator: npt.NDArray[np.int64]) -> Matrix:
     with np.errstate(invalid="ignore"):
-        return over / under
+        return numerator / denominator

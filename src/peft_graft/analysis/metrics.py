@@ -1,7 +1,7 @@
-"""The project's four scores as `evaluate.Metric` classes that need no download.
+"""Accuracy, F1, expected calibration error and agreement as `evaluate.Metric` classes that need no download.
 
-`evaluate.load("accuracy")` fetches a script; these are constructed: `Accuracy().compute(predictions=p, references=y)`.
-Importing this module imports `evaluate`, which takes seconds, so nothing in the package imports it by itself.
+`evaluate.load("accuracy")` downloads a script; these are classes: `Accuracy().compute(predictions=p, references=y)`. No
+other module imports this one, because `evaluate` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["F1", "Accuracy", "Agreement", "ExpectedCalibrationError"]
 
 
 class _GraftMetric(evaluate.Metric):
-    """What the four have in common: how they describe themselves to `evaluate`."""
+    """Base class of the metrics, which describes them to `evaluate`."""
 
     description: ClassVar[str]
     citation: ClassVar[str] = ""
@@ -32,7 +32,7 @@ class _GraftMetric(evaluate.Metric):
 
 
 class Accuracy(_GraftMetric):
-    """Share of right predictions, in [0, 1]: `compute(predictions, references) -> {"accuracy": float}`."""
+    """Share of correct predictions, in [0, 1]: `compute(predictions, references) -> {"accuracy": float}`."""
 
     description = "Share of predictions that equal their reference."
 
@@ -67,9 +67,9 @@ class ExpectedCalibrationError(_GraftMetric):
 
 
 class Agreement(_GraftMetric):
-    """Share of equal decisions, in [0, 1]: `compute(predictions, references) -> {"agreement": float}`.
+    """Share of equal predictions, in [0, 1]: `compute(predictions, references) -> {"agreement": float}`.
 
-    `predictions` are the decisions of one model, say the graft, and `references` those of the other, say the donor.
+    `predictions` are the classes that one model predicts (the graft), `references` those of the other (the donor).
     """
 
     description = "Share of examples on which two models predict the same class."

@@ -1,7 +1,7 @@
-"""Arrays in, matplotlib figures out; nothing is computed here beyond what drawing needs.
+"""Figures of arrays with matplotlib; the numbers come from the other modules.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers, and every line also has its own marker.
-matplotlib comes with the extra `peft-graft[plots]` and is imported when a figure is asked for.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line also has its own marker.
+matplotlib comes with the extra `peft-graft[plots]` and is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def density_recovery(
     ylabel: str = "accuracy",
     title: str = "",
 ) -> Figure:
-    """Draw how much of the donor a patch recovers at each density: one colour per rule, dashed at alpha = 1.
+    """Draw the score of a patch by density, between base and donor: one colour per rule, dashed at alpha = 1.
 
     Args:
         densities: Shares of the eligible entries, shape [K], in (0, 1]; drawn on a logarithmic axis.
@@ -44,7 +44,7 @@ def density_recovery(
         base: The base's value, a horizontal line.
         donor: The donor's value, a horizontal line.
         errors: Half widths of the error bands, in the structure of `curves`, not negative; none by default.
-        ylabel: What the values are.
+        ylabel: Name of the values.
         title: Title of the figure.
 
     Returns:
@@ -92,14 +92,14 @@ def density_recovery(
 
 
 def reliability_diagram(bins: Mapping[str, ReliabilityBins], *, title: str = "") -> Figure:
-    """Draw accuracy against confidence, bin by bin, above a histogram of where the predictions are.
+    """Draw accuracy against confidence by bin, above a histogram of the confidences.
 
     Args:
         bins: Model name (base, donor, graft, ...) -> its bins from `calibration.reliability_bins`.
         title: Title of the figure.
 
     Returns:
-        The figure: on the dotted diagonal a model is as right as it is sure; its ECE is in the legend.
+        The figure. A perfectly calibrated model lies on the dotted diagonal; the ECE of each model is in the legend.
 
     Raises:
         ValueError: If there is no model, or more than there are colours.
@@ -112,7 +112,7 @@ def reliability_diagram(bins: Mapping[str, ReliabilityBins], *, title: str = "")
     axes.plot([0, 1], [0, 1], color=_INK, linewidth=1.0, linestyle=(0, (1, 1)), label="perfect", zorder=1)
     for color, marker, (name, one) in zip(COLORS, MARKERS, bins.items(), strict=False):
         filled = one.counts > 0
-        label = f"{name} (ECE {one.error:.3f})"
+        label = f"{name} (ECE {one.expected_calibration_error:.3f})"
         axes.plot(one.confidence[filled], one.accuracy[filled], color=color, marker=marker, linewidth=1.8, label=label)
         below.stairs(one.counts / one.counts.sum(), one.edges, color=color, linewidth=1.5)
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
@@ -134,18 +134,18 @@ def skill_map(
     title: str = "",
     annotate: bool = True,
 ) -> Figure:
-    """Draw where a skill lives: one row per layer, one column per kind of module.
+    """Draw the place of a skill as a heat map: one row per layer, one column per kind of module.
 
     Args:
         matrix: Values, shape [layers, modules], any unit, not negative; NaN where a layer has no such module.
         layers: Row names, from the input (drawn at the bottom) to the output.
         modules: Column names.
-        label: What the values are, for the colour bar.
+        label: Name of the values, for the colour bar.
         title: Title of the figure.
-        annotate: Also write each value into its cell.
+        annotate: Whether to write each value into its cell.
 
     Returns:
-        The figure, with a colour bar that begins at 0.
+        The figure, with a colour bar that starts at 0.
 
     Raises:
         ValueError: If the names do not fit the matrix, or a value is negative or infinite.
@@ -158,11 +158,11 @@ def skill_map(
         )
     present = ~np.isnan(values)
     if not (np.isfinite(values[present]) & (values[present] >= 0)).all():
-        raise ValueError("matrix must be finite and not negative, with NaN for what does not exist.")
+        raise ValueError("matrix must be finite and not negative, with NaN where a layer has no such module.")
     top = float(values[present].max(initial=0.0)) or 1.0
     figure, axes = _figure(2.6 + 0.75 * len(modules), 1.6 + 0.42 * len(layers))
     image = axes.imshow(np.ma.masked_invalid(values), origin="lower", aspect="auto", cmap="cividis", vmin=0.0, vmax=top)
-    axes.set_facecolor("#F2F2F2")  # what does not exist
+    axes.set_facecolor("#F2F2F2")  # cells without a tensor
     axes.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(layers)), layers)
     axes.set_ylabel("layer")
@@ -178,7 +178,7 @@ def skill_map(
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Make a figure without pyplot: no window system, no global list of figures to close."""
+    """Create a figure without pyplot, which would need a window system and keep the figure until it is closed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -190,12 +190,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _despine(axes: Axes) -> None:
-    """Take away the box's upper and right edge."""
+    """Hide the upper and right edge of the axes."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _finish(figure: Figure, axes: Axes, title: str, legend: bool) -> None:
-    """Give every figure the same look."""
+    """Apply the common style: title, legend and edges."""
     _despine(axes)
     if title:
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
@@ -204,7 +204,7 @@ def _finish(figure: Figure, axes: Axes, title: str, legend: bool) -> None:
 
 
 def _vector(values: ArrayLike, size: int, what: str) -> np.ndarray:
-    """Check the length of one line's values."""
+    """Convert the values of one line to an array, and check their number."""
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (size,):
         raise ValueError(f"{what} must have {size} values, one per density, got shape {array.shape!r}.")

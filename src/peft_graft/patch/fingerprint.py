@@ -1,4 +1,4 @@
-"""The fingerprint of a base: what tells the model that a patch was made for from any other."""
+"""Fingerprints of a base: tell the model that a patch was made for from any other model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..checkpoints.donor import FLOAT_DTYPES
 from .index_codec import PatchError, broken
 
 NUM_SAMPLES = 64
-_ALIKE = 0.9  # cosine of values and of what quantization makes of them: 4 bits leave 0.99
+_MIN_COSINE = 0.9  # between values and their quantized form: 4 bits leave 0.99
 
 _DTYPE_NAMES = frozenset(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the base's values at the patched positions were, to tell the right base from a wrong one.
+    """A hash and a sample of the base's values at the patched positions.
 
     Attributes:
         dtype: The base's dtype, such as "float32"; where its tensors differ, runs over the sorted names, such as
             "bfloat16*12,float32*3".
         sha256: Hex digest over name, dtype, count and bytes of every patched tensor, in sorted order of the names.
         sample: Base64 of up to 64 entries as little-endian float64, evenly spaced over all.
-        count: How many entries there are.
+        count: Number of patched entries.
     """
 
     dtype: str
@@ -40,10 +40,10 @@ class Fingerprint:
 
     @classmethod
     def compute(cls, base_entries: Mapping[str, torch.Tensor]) -> Fingerprint:
-        """Take the fingerprint of a base.
+        """Compute the fingerprint of a base.
 
         Args:
-            base_entries: By tensor name, the base's values at the patched positions: floating-point of shape (n,).
+            base_entries: The base's values at the patched positions, floating-point of shape (n,), by tensor name.
 
         Returns:
             The fingerprint.
@@ -57,19 +57,19 @@ class Fingerprint:
         return cls(_join_runs(dtypes), digest.hexdigest(), base64.b64encode(sample.numpy().tobytes()).decode(), count)
 
     def matches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> bool:
-        """Say whether a base is the one that this fingerprint was taken of, in this or another float dtype.
+        """Return whether a base is the one that this fingerprint was computed of, in the same or another float dtype.
 
         In the same dtype every bit must agree. In another one the sample must agree once both sides are cast to the
         coarser dtype; between float16 and bfloat16, of which neither holds the other, within one unit in the last
-        place of bfloat16 or 2**-24. What quantization has rounded must point in the same direction only: that tells
-        another model, but not a relative of this one.
+        place of bfloat16 or 2**-24. Quantized tensors need only point in the same direction (cosine at least 0.9),
+        which rules out other models, but not other fine-tunings of this one.
 
         Args:
             base_entries: As in `compute`.
             rounded: Names of the tensors that are quantized.
 
         Returns:
-            True if it is.
+            True if the base matches.
         """
         now = Fingerprint.compute(base_entries)
         if not rounded and (now.count, now.dtype) == (self.count, self.dtype):
@@ -77,7 +77,15 @@ class Fingerprint:
         return self.mismatches(base_entries, rounded) == 0
 
     def mismatches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> int:
-        """Count the sampled entries in which a base differs (all of them where the number of entries does)."""
+        """Count the sampled entries in which a base differs; all of them if the number of entries differs.
+
+        Args:
+            base_entries: As in `compute`.
+            rounded: As in `matches`.
+
+        Returns:
+            The count, at most 64.
+        """
         entries = _in_order(base_entries)
         now, owners, count = _sampled(entries)
         names = _split_runs(self.dtype, len(entries))
@@ -88,7 +96,7 @@ class Fingerprint:
         tensors = sorted(base_entries)
         inexact = torch.tensor([tensors[owner] in rounded for owner in owners], dtype=torch.bool)
         if inexact.any():
-            same[inexact] = torch.cosine_similarity(then[inexact], now[inexact], dim=0) >= _ALIKE
+            same[inexact] = torch.cosine_similarity(then[inexact], now[inexact], dim=0) >= _MIN_COSINE
         for i, owner in enumerate(owners):
             if not inexact[i]:
                 same[i] = _agree(then[i], getattr(torch, names[owner]), now[i], entries[owner].dtype)
@@ -97,11 +105,11 @@ class Fingerprint:
     def require(
         self, base_entries: Mapping[str, torch.Tensor], base_name: str | None = None, rounded: Collection[str] = ()
     ) -> None:
-        """Refuse a base that does not match.
+        """Raise an error if a base does not match.
 
         Args:
             base_entries: As in `compute`.
-            base_name: What the right base is called.
+            base_name: Name of the right base, for the message.
             rounded: As in `matches`.
 
         Raises:
@@ -118,15 +126,15 @@ class Fingerprint:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Fingerprint:
-        """Read what `to_dict` returned.
+        """Build a fingerprint from the dictionary of `to_dict`.
 
         Args:
-            fields: The fields; others are passed over.
+            fields: The fields; others are ignored.
 
         Returns:
             The fingerprint.
@@ -165,7 +173,7 @@ def _join_runs(names: Sequence[str]) -> str:
 
 
 def _split_runs(text: str, count: int) -> list[str] | None:
-    """Undo `_join_runs` for `count` names; None if it is malformed or for another number."""
+    """Return the `count` names that `_join_runs` joined; None if `text` is malformed or holds another number."""
     if text in _DTYPE_NAMES:
         return [text] * count
     names: list[str] = []
@@ -178,7 +186,7 @@ def _split_runs(text: str, count: int) -> list[str] | None:
 
 
 def _sampled(entries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], int]:
-    """Sample evenly over all entries: their values in float64, the tensor that each is of, and how many there are."""
+    """Sample evenly over all entries; return the values (float64), the tensor that each is from, and the total."""
     ends = np.cumsum([len(values) for values in entries], dtype=np.int64)
     count = int(ends[-1]) if len(ends) else 0
     size = min(NUM_SAMPLES, count)
@@ -189,7 +197,7 @@ def _sampled(entries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], 
 
 
 def _agree(then: torch.Tensor, then_dtype: torch.dtype, now: torch.Tensor, now_dtype: torch.dtype) -> bool:
-    """Say whether two float64 scalars, of values held in two dtypes, can be roundings of one number."""
+    """Return whether two float64 scalars can be roundings of one number to the two dtypes."""
     if {then_dtype, now_dtype} == {torch.float16, torch.bfloat16}:
         a, b = (side.to(torch.bfloat16).to(torch.float64) for side in (then, now))
         # bfloat16 has 8 significant bits; below 2**-14, float16 has steps of 2**-24.

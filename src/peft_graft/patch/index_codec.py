@@ -1,4 +1,4 @@
-"""Index codecs: sorted positions to bytes by the gaps between them, and back, trusting nothing in the bytes."""
+"""Index codecs: code sorted positions by the gaps between them, and decode untrusted bytes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _CHUNK = 1 << 16
 
 
 class PatchError(ValueError):
-    """A patch is malformed, or was made for another base."""
+    """Raised for a patch that is malformed or was made for another base."""
 
 
 def encode_indices(indices: torch.Tensor) -> torch.Tensor:
-    """Code the flat indices of a tensor's replaced entries by the gaps between them.
+    """Encode the flat indices of a tensor's replaced entries by the gaps between them.
 
     Three codecs are tried and the shortest result is kept: one run, Golomb-Rice, and deflated varints.
     The bytes are specified in `docs/patch_format.md`.
@@ -33,7 +33,7 @@ def encode_indices(indices: torch.Tensor) -> torch.Tensor:
         indices: int64 of shape (n,), strictly increasing, each in [0, 2**48).
 
     Returns:
-        uint8 of shape (bytes,). The first one names the codec.
+        uint8 of shape (bytes,). The first byte names the codec.
 
     Raises:
         PatchError: If `indices` is not as above.
@@ -52,21 +52,21 @@ def encode_indices(indices: torch.Tensor) -> torch.Tensor:
 
 
 def decode_indices(blob: torch.Tensor, count: int, numel: int = MAX_NUMEL, where: str = "") -> torch.Tensor:
-    """Decode what `encode_indices` wrote, trusting nothing in it.
+    """Decode untrusted bytes in the format of `encode_indices`.
 
-    Memory stays within a small multiple of `count` plus the size of `blob`, whatever the bytes say.
+    Memory stays within a small multiple of `count` plus the size of `blob`, whatever the bytes are.
 
     Args:
         blob: uint8 of shape (bytes,).
-        count: How many indices there must be.
-        numel: How many entries the tensor has: every index must be below it.
+        count: Expected number of indices.
+        numel: Number of entries of the tensor; every index must be below it.
         where: The tensor's name, for error messages.
 
     Returns:
         int64 of shape (count,), strictly increasing, each in [0, numel).
 
     Raises:
-        PatchError: If `blob` is anything but a valid code of `count` such indices.
+        PatchError: If `blob` is not a valid code of `count` such indices.
     """
     if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() == 0:
         raise broken(
@@ -89,10 +89,10 @@ def broken(what: str, constraint: str, got: str, where: str) -> PatchError:
     """Build the error for a malformed part of a patch.
 
     Args:
-        what: The part.
-        constraint: What it must be.
-        got: What it is.
-        where: The tensor's name, empty where there is none.
+        what: Name of the part.
+        constraint: Constraint that it breaks, after "must be".
+        got: Its value.
+        where: The tensor's name, empty if there is none.
 
     Returns:
         The error, for the caller to raise.
@@ -104,11 +104,11 @@ def broken(what: str, constraint: str, got: str, where: str) -> PatchError:
 
 
 def check_indices(indices: torch.Tensor, numel: int, where: str) -> None:
-    """Check that indices are the distinct entries of a tensor, in order.
+    """Check that indices are distinct entries of a tensor in increasing order.
 
     Args:
         indices: int64 of shape (n,), strictly increasing, each in [0, numel).
-        numel: How many entries the tensor has.
+        numel: Number of entries of the tensor.
         where: The tensor's name, for the error message.
 
     Raises:
@@ -143,12 +143,12 @@ def _from_gaps(gaps: Integers, numel: int, where: str) -> Integers:
 
 
 def _width(numel: int) -> int:
-    """How many bytes a varint below `numel` takes at most."""
+    """Return the largest number of bytes of a varint below `numel`."""
     return max(1, -(-max(numel - 1, 0).bit_length() // 7))
 
 
 def _varints(numbers: Integers) -> Bytes:
-    """Code numbers as unsigned LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    """Encode numbers as unsigned LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
     width = _width(int(numbers.max(initial=0)) + 1)
     lengths = np.ones(numbers.size, np.int64)
     for k in range(1, width):
@@ -166,7 +166,7 @@ def _read_varints(coded: Bytes, count: int, width: int, where: str) -> Integers:
     if ends.size != count or (ends[-1] + 1 if count else 0) != coded.size:
         raise broken("coded indices", f"{count} whole varints", f"{ends.size} and {coded.size} bytes", where)
     start = 0
-    for first in range(0, count, _CHUNK):  # what is read takes the place of where it ended
+    for first in range(0, count, _CHUNK):  # the numbers overwrite the ends, block by block
         block = ends[first : first + _CHUNK]
         starts = np.concatenate([[start], block[:-1] + 1])
         start = int(block[-1]) + 1
@@ -191,7 +191,7 @@ def _decode_deflated(payload: Bytes, count: int, numel: int, where: str) -> Inte
     limit = count * _width(numel)
     stream = zlib.decompressobj()
     try:
-        # One byte more than can be right, so that a bomb is cut off and still seen.
+        # One byte more than is valid, so that a decompression bomb is cut off and still detected.
         coded = stream.decompress(payload.tobytes(), limit + 1)
     except zlib.error as error:
         raise broken("coded indices", "whole deflated varints", str(error), where) from error
@@ -201,19 +201,19 @@ def _decode_deflated(payload: Bytes, count: int, numel: int, where: str) -> Inte
 
 
 def _deflate(gaps: Integers) -> bytes:
-    """Code gaps as deflated varints."""
+    """Encode gaps as deflated varints."""
     compressor = zlib.compressobj()
     parts = [compressor.compress(_varints(block).tobytes()) for _, block in _blocks(gaps)]
     return b"".join([*parts, compressor.flush()])
 
 
 def _blocks(numbers: Integers) -> Iterator[tuple[int, Integers]]:
-    """Blocks of numbers with their starts: what is computed of one takes a few times its own memory."""
+    """Iterate over blocks of numbers with their starts, so that temporary arrays stay small."""
     return ((start, numbers[start : start + _CHUNK]) for start in range(0, numbers.size, _CHUNK))
 
 
 def _encode_rice(gaps: Integers) -> bytes:
-    """Code gaps as g = q * 2**r + remainder (Golomb 1966, Rice 1979): r bit planes of remainders, then unary q."""
+    """Encode gaps as g = q * 2**r + remainder (Golomb 1966, Rice 1979): r bit planes of remainders, then unary q."""
 
     def cost(r: int) -> int:
         return r * gaps.size + sum(int((block >> r).sum()) for _, block in _blocks(gaps))

@@ -1,4 +1,4 @@
-"""Patches: the replaced entries of tensors and their new values, and their file form."""
+"""Patches: the replaced entries of tensors and their new values, in memory and in a safetensors file."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class TensorPatch:
 
     Attributes:
         indices: int64 of shape (n,): flat (row-major) indices, strictly increasing.
-        values: Floating-point of shape (n,): what the entries become, in the donor's dtype.
+        values: Floating-point of shape (n,): the new values of these entries, in the donor's dtype.
     """
 
     indices: torch.Tensor
     values: torch.Tensor
 
     def validate(self, name: str, numel: int = MAX_NUMEL) -> None:
-        """Check that this can be written into a tensor.
+        """Check that the indices and values can be written into a tensor.
 
         Args:
             name: The tensor's name, for error messages.
             numel: How many entries the tensor has.
 
         Raises:
-            PatchError: If indices are unsorted, repeated or out of range, or the values are not as many, finite and
-                of a floating-point dtype.
+            PatchError: If indices are unsorted, repeated or out of range, or the values are of another number, not
+                finite, or not floating-point.
         """
         check_indices(self.indices, numel, name)
         if self.values.dtype not in FLOAT_DTYPES or self.values.shape != self.indices.shape:
@@ -70,16 +70,16 @@ class Patch:
 
     @property
     def num_params(self) -> int:
-        """How many entries are replaced."""
+        """Number of replaced entries."""
         return sum(part.indices.numel() for part in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the tensors take in a file, without its header. The indices are coded to find out."""
+        """Bytes of the tensors in a file, without its header. Every call codes the indices."""
         return sum(tensor.nbytes for tensor in self.to_tensors().values())
 
     def validate(self) -> None:
-        """Check every tensor, against `shapes` where they are known.
+        """Check the patch of every tensor, against `shapes` if they are known.
 
         Raises:
             PatchError: If a tensor's patch is malformed, or a patched tensor is not among `shapes`.
@@ -88,12 +88,12 @@ class Patch:
             part.validate(name, _numel(name, self.shapes))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the patch as a state dict, as it stands in a file.
+        """Return the patch as the state dict that a file holds.
 
         Returns:
             Two tensors per patched one, on the CPU: `<module>.graft_patch.<param>_indices` (uint8, coded) and
-            `<module>.graft_patch.<param>_values` (the donor's dtype; of shape (n, 0) where all are +0 and n is small
-            enough for the coded indices to vouch for it).
+            `<module>.graft_patch.<param>_values` (the donor's dtype, of shape (n,)). Values that are all +0 are left
+            out, by the shape (n, 0), if n is at most 8 times the bytes of the coded indices.
 
         Raises:
             PatchError: If the patch is malformed.
@@ -103,7 +103,7 @@ class Patch:
         for name in sorted(self.tensors):
             module, _, param = name.rpartition(".")
             blob, values = encode_indices(self.tensors[name].indices), self.tensors[name].values.detach().cpu()
-            if 0 < values.numel() <= _vouched(blob) and not torch.any(values.contiguous().view(torch.uint8)):
+            if 0 < values.numel() <= _max_claimed(blob) and not torch.any(values.contiguous().view(torch.uint8)):
                 values = values.new_empty(values.numel(), 0)
             state[file_key(module, param, "indices")] = blob
             state[file_key(module, param, "values")] = values.contiguous()
@@ -113,13 +113,12 @@ class Patch:
     def from_tensors(
         cls, state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Patch:
-        """Read a patch from a state dict, trusting nothing in it.
+        """Read a patch from an untrusted state dict.
 
         Args:
-            state: What an adapter file holds. Keys may start with PEFT's `base_model.model.`. Tensors that are not
-                part of a patch (`modules_to_save`) and a training checkpoint's mask logits and alphas are passed over.
-            shapes: Shape of each tensor that may be patched, by name. Without it, indices are only checked against
-                each other.
+            state: Tensors of an adapter file. Keys may start with PEFT's `base_model.model.`. Tensors that are not part
+                of a patch (`modules_to_save`), and mask logits and alphas of a training checkpoint, are ignored.
+            shapes: Shape of each tensor that may be patched, by name. If None, indices are not checked against sizes.
 
         Returns:
             The patch, validated.
@@ -150,7 +149,7 @@ class Patch:
         """Write a safetensors file; an older file at `path` is replaced at once or not at all.
 
         Args:
-            path: Where to write.
+            path: Path of the file.
 
         Raises:
             PatchError: If the patch is malformed.
@@ -187,7 +186,7 @@ class Patch:
 
 
 def file_key(module: str, param: str, kind: str) -> str:
-    """Return the key under which a part of a tensor's patch stands in a file.
+    """Return the key of a part of a tensor's patch in a file.
 
     Args:
         module: Dotted name of the module, empty for a parameter of the model itself.
@@ -206,7 +205,7 @@ def file_key(module: str, param: str, kind: str) -> str:
 
 
 def parse_file_key(key: str) -> tuple[str, str, str] | None:
-    """Take a key of a file apart.
+    """Parse a key of a file.
 
     Args:
         key: The key, with or without PEFT's prefix `base_model.model.`.
@@ -215,7 +214,7 @@ def parse_file_key(key: str) -> tuple[str, str, str] | None:
         (module, param, kind) as in `file_key`, or None if the key is not part of a patch.
 
     Raises:
-        PatchError: If the key names a patch's container and then something unknown.
+        PatchError: If the key names the container of a patch, followed by an unknown name.
     """
     module, container, leaf = ("." + key.removeprefix(PEFT_PREFIX)).rpartition(f".{_CONTAINER}.")
     if not container:
@@ -234,16 +233,16 @@ def _numel(name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
     return math.prod(shapes[name])
 
 
-def _vouched(blob: torch.Tensor) -> int:
-    """How many entries coded indices can stand for without values that show it: one a bit."""
+def _max_claimed(blob: torch.Tensor) -> int:
+    """Return how many entries coded indices can claim without stored values: one per bit."""
     return 8 * blob.numel()
 
 
 def _read_part(name: str, blob: torch.Tensor, values: torch.Tensor, numel: int) -> TensorPatch:
     if values.dtype in FLOAT_DTYPES and values.dim() == 2 and values.shape[1] == 0:
-        # All +0, not written out. The count is then a bare claim, so it must not cost more memory than the file has.
-        if values.shape[0] > _vouched(blob):
-            raise broken("number of zeros", f"at most {_vouched(blob)}", str(values.shape[0]), name)
+        # All +0 and not stored: the count is a claim of the file, and must not take much more memory than the file has.
+        if values.shape[0] > _max_claimed(blob):
+            raise broken("number of zeros", f"at most {_max_claimed(blob)}", str(values.shape[0]), name)
         values = values.new_zeros(values.shape[0])
     if values.dim() != 1:
         raise broken("values", "of shape (n,)", f"shape {tuple(values.shape)}", name)

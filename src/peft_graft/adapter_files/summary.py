@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..patch.patch import PEFT_PREFIX, Patch, PatchError, parse_file_key
@@ -179,8 +179,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """Return the directory of a saved adapter, after downloading its two files if it is on the Hub.
+
+    Args:
+        source: Directory or Hub id of the adapter.
+        revision: Branch, tag or commit of a Hub id.
+        token: Token for the Hub.
 
     Raises:
         PatchError: The repository does not hold the two files.
@@ -194,17 +199,17 @@ def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None) -
             f"adapter must be an existing directory or a Hub id, got {os.fspath(source)!r}. Hub ids have no leading "
             "slash or dot."
         )
+    files = [CONFIG_FILE, WEIGHTS_FILE]
     try:
-        config = Path(hf_hub_download(source, CONFIG_FILE, revision=revision))
-        # Both files of one commit, after which the cache names its directory.
-        return Path(hf_hub_download(source, WEIGHTS_FILE, revision=config.parent.name)).parent
+        directory = Path(snapshot_download(source, revision=revision, allow_patterns=files, token=token))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"adapter must be a directory, or a Hub id that can be reached or is cached, got {source!r}. "
             "A private repository needs a token: run `hf auth login`."
         ) from error
-    except EntryNotFoundError as error:
+    if not all((directory / name).is_file() for name in files):
         raise PatchError(
             f"adapter repository must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got {source!r} without. "
             "The files of a PEFT adapter stand at the top of its repository."
-        ) from error
+        )
+    return directory

@@ -85,6 +85,7 @@ class CheckpointDonor:
             `*.safetensors` file; or a Hub id, of which only those files are fetched (from the cache when offline).
         revision: Branch, tag or commit of a Hub id.
         role: What errors call it: `"donor"`, or `"base"` where both sides are read from files.
+        token: Token for the Hub.
 
     Attributes:
         name: `source` as a string.
@@ -94,8 +95,15 @@ class CheckpointDonor:
         DonorError: If there is no readable safetensors checkpoint at `source`.
     """
 
-    def __init__(self, source: str | os.PathLike[str], revision: str | None = None, role: str = "donor") -> None:
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        revision: str | None = None,
+        role: str = "donor",
+        token: str | bool | None = None,
+    ) -> None:
         self.name = os.fspath(source)
+        self._token = token
         self.role = role
         self.revision: str | None = None
         path = Path(source)
@@ -106,7 +114,7 @@ class CheckpointDonor:
         elif isinstance(source, os.PathLike) or path.is_absolute() or self.name.startswith("."):
             raise DonorError(f"{role} must be an existing directory or file, got {self.name!r}. Check the path.")
         else:
-            main = _find_on_hub(self.name, revision, role)
+            main = _find_on_hub(self.name, revision, role, token)
             # The cache keeps files under snapshots/<commit>/: every shard must come from the commit of the first file.
             self.revision = main.parent.name
         self._extents: dict[str, Extent] = {}
@@ -155,7 +163,7 @@ class CheckpointDonor:
             if self.revision is None:
                 path = index.parent / shard
             else:
-                path = _download(self.name, shard, self.revision, self.role)
+                path = _download(self.name, shard, self.revision, self.role, self._token)
             if path is None or not path.is_file():
                 raise DonorError(
                     f"{self.role} must hold every file that {INDEX_FILE} names, got no {shard!r} in {self.name!r}. "
@@ -247,12 +255,15 @@ class ZerosDonor:
         return torch.zeros(())
 
 
-def open_donor(donor: str | os.PathLike[str] | nn.Module | Donor, revision: str | None = None) -> Donor:
+def open_donor(
+    donor: str | os.PathLike[str] | nn.Module | Donor, revision: str | None = None, token: str | bool | None = None
+) -> Donor:
     """Turn what a user calls a donor into a `Donor`.
 
     Args:
         donor: A directory, a file, a Hub id, `"zeros"`, a model in memory, or a `Donor`, which is returned as it is.
         revision: Branch, tag or commit, where `donor` is a Hub id.
+        token: Token for the Hub.
 
     Returns:
         The donor. Files have had their headers read and nothing else.
@@ -265,7 +276,7 @@ def open_donor(donor: str | os.PathLike[str] | nn.Module | Donor, revision: str 
     if isinstance(donor, nn.Module):
         return ModuleDonor(donor)
     if isinstance(donor, str | os.PathLike):
-        return CheckpointDonor(donor, revision)
+        return CheckpointDonor(donor, revision, token=token)
     if isinstance(donor, Donor):
         return donor
     raise DonorError(
@@ -305,13 +316,13 @@ def _find_in_directory(path: Path, role: str) -> Path:
     )
 
 
-def _find_on_hub(repo: str, revision: str | None, role: str) -> Path:
+def _find_on_hub(repo: str, revision: str | None, role: str, token: str | bool | None = None) -> Path:
     for name in (WEIGHTS_FILE, INDEX_FILE):
-        path = _download(repo, name, revision, role)
+        path = _download(repo, name, revision, role, token)
         if path is not None:
             return path
     try:
-        pickles = [name for name in _PICKLE_FILES if file_exists(repo, name, revision=revision)]
+        pickles = [name for name in _PICKLE_FILES if file_exists(repo, name, revision=revision, token=token)]
     except (HfHubHTTPError, OfflineModeIsEnabled):
         pickles = []
     if pickles:
@@ -319,10 +330,10 @@ def _find_on_hub(repo: str, revision: str | None, role: str) -> Path:
     raise DonorError(f"{role} repository must hold {WEIGHTS_FILE} or {INDEX_FILE}, got neither in {repo!r}.")
 
 
-def _download(repo: str, name: str, revision: str | None, role: str) -> Path | None:
+def _download(repo: str, name: str, revision: str | None, role: str, token: str | bool | None = None) -> Path | None:
     """Fetch a file from the Hub or its cache; None where the repository does not have it."""
     try:
-        return Path(hf_hub_download(repo, name, revision=revision))
+        return Path(hf_hub_download(repo, name, revision=revision, token=token))
     except LocalEntryNotFoundError as error:
         # Neither reached nor cached, but the repository may keep its weights under the other name.
         if name == WEIGHTS_FILE:

@@ -45,11 +45,13 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     )
 
 
-def read_config(source: str | os.PathLike[str], revision: str | None = None) -> PretrainedConfig | None:
+def read_config(
+    source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> PretrainedConfig | None:
     """Read a checkpoint's configuration; None where it is a file without one."""
     if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / "config.json").is_file()):
         return None
-    return AutoConfig.from_pretrained(source, revision=revision or "main")
+    return AutoConfig.from_pretrained(source, revision=revision or "main", token=token)
 
 
 def build_skeleton(
@@ -57,6 +59,7 @@ def build_skeleton(
     revision: str | None = None,
     like: PretrainedConfig | None = None,
     model_type: Any = None,
+    token: str | bool | None = None,
 ) -> PreTrainedModel:
     """Build the base as transformers would load it, without its values: they are on the meta device and are not read.
 
@@ -65,6 +68,7 @@ def build_skeleton(
         revision: Branch, tag or commit of a Hub id.
         like: Configuration of a fine-tuned model of the base, whose class and number of labels to take.
         model_type: A class with `from_pretrained`, such as an auto class; by default that of `like`, or the base's own.
+        token: Token for the Hub.
 
     Returns:
         The model, in the dtypes that `from_pretrained(base)` gives it, tied where it ties.
@@ -73,7 +77,7 @@ def build_skeleton(
         DonorError: The base is quantized, or of no architecture of transformers.
         OSError: There is no such base.
     """
-    config = read_config(base, revision)
+    config = read_config(base, revision, token)
     if config is None:
         raise DonorError(f"base must be a directory with config.json or a Hub id, got {os.fspath(base)!r}.")
     if getattr(config, "quantization_config", None) is not None:
@@ -85,7 +89,12 @@ def build_skeleton(
     cls = model_type or model_class(like or config, os.fspath(base))
     with _quiet():
         return cls.from_pretrained(
-            base, config=config, revision=revision or "main", device_map="meta", ignore_mismatched_sizes=True
+            base,
+            config=config,
+            revision=revision or "main",
+            token=token,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
         )
 
 

@@ -60,10 +60,10 @@ class PatchMaker:
         """The base's own values by tensor name; sharded ones are gathered when their turn comes."""
         return WholeTensors({name: partial(layer.own_values, param) for name, (layer, param) in targets.items()})
 
-    def open_donor(self, adapter_name: str) -> Donor:
+    def open_donor(self, adapter_name: str, token: str | bool | None = None) -> Donor:
         """Open an adapter's donor, and put it on record."""
         config = self.peft_config[adapter_name]
-        donor = open_donor(config.donor, config.donor_revision)
+        donor = open_donor(config.donor, config.donor_revision, token)
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision

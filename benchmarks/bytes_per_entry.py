@@ -21,10 +21,7 @@ from peft import get_peft_model
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 import timing
-from peft_graft import GraftConfig
-from peft_graft.workflows.export import export
-from peft_graft.workflows.extract import extract
-from peft_graft.workflows.inspect import read_anatomy
+from peft_graft import GraftConfig, export, extract, inspect
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 FILE = "adapter_model.safetensors"
@@ -37,7 +34,7 @@ def bound(density: float) -> float:
 
 def row(name: str, adapter: Path, targets: str, density: float) -> dict[str, Any]:
     """What an adapter's file is made of."""
-    found = read_anatomy(adapter)
+    found = inspect(adapter)
     size = (adapter / FILE).stat().st_size
     parts = {part: f"{count / found.entries:.4f}" for part, count in found.nbytes.items()}
     limits = {"bound": f"{bound(density):.4f}", "over_bound": f"{size / found.entries / bound(density):.4f}"}
@@ -75,8 +72,7 @@ def shira(args: Any, folder: Path) -> dict[str, Any]:
     base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=8)).to(torch.bfloat16)
     base.save_pretrained(folder / "base")
     timing.donor_of(base).save_pretrained(folder / "donor")
-    config = GraftConfig(donor=folder / "donor", density=1e-3, selection="random")
-    extract(folder / "base", config, folder / "skill")
+    extract(folder / "base", folder / "donor", folder / "skill", density=1e-3, selection="random")
     done = export(folder / "skill", "shira", folder / "shira")
     ours = row("llama", folder / "skill", "default", 1e-3)
     theirs = (folder / "shira" / FILE).stat().st_size

@@ -150,7 +150,7 @@ def run(command: list[str], directory: Path, threads: int | None) -> dict[str, f
 def one_round(directory: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run every contender once."""
     found = {}
-    extract = ["-m", "peft_graft", "extract", "base", "donor", "--output_dir", "out", "--overwrite", *args.budget]
+    extract = ["-m", "peft_graft", "extract", "base", "donor", "--output-dir", "out", "--overwrite", *args.budget]
     for name, contender in {
         "read, one stream": lambda: timed(read, weights(directory)),
         "read, one stream a side": lambda: timed(read_both_sides, directory),

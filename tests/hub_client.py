@@ -113,11 +113,11 @@ def graft_and_save(base: str, config: dict[str, Any], directory: str) -> list[li
     return _logits(model)
 
 
-def push(directory: str, repo_id: str, **options: Any) -> dict[str, Any]:
-    """`peft_graft.workflows.push.push`."""
-    from peft_graft.workflows.push import push as push_directory
+def push(repo_id: str, directory: str, **options: Any) -> dict[str, Any]:
+    """`peft_graft.push`."""
+    import peft_graft
 
-    info = push_directory(directory, repo_id, **options)
+    info = peft_graft.push(repo_id, directory, **options)
     return {"oid": info.oid, "pr": info.pr_revision}
 
 
@@ -184,7 +184,7 @@ def _serve() -> None:
     import torch
     from transformers import Trainer  # noqa: F401 - all that takes time, while the other client starts too
 
-    import peft_graft.workflows.push  # noqa: F401
+    import peft_graft  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -1,7 +1,17 @@
-"""peft-graft: turn a fine-tuned checkpoint into a tiny patch adapter. Importing it registers GRAFT with PEFT."""
+"""Turn a fine-tuned checkpoint into a small PEFT adapter. Importing this package registers GRAFT with PEFT."""
 
-import sys
-from pathlib import Path
+from .checkpoints.pairing import DonorError
+from .patch.combinations import register_combination
+from .patch.patch import Patch, PatchError
+from .selection.rules import RULES, SelectionError
+from .training.initialize import AlphaCallback, fit_alpha, initialize_graft
+from .tuner import GraftConfig, GraftModel
+from .workflows.diff import diff
+from .workflows.export import export
+from .workflows.extract import extract
+from .workflows.inspect import inspect
+from .workflows.push import push
+from .workflows.stitch import stitch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,23 +23,13 @@ __all__ = [
     "Patch",
     "PatchError",
     "SelectionError",
+    "diff",
+    "export",
+    "extract",
     "fit_alpha",
     "initialize_graft",
+    "inspect",
+    "push",
+    "register_combination",
+    "stitch",
 ]
-
-
-def _is_command_line() -> bool:
-    """Whether this process is `peft-graft` or `python -m peft_graft`."""
-    program = Path(sys.argv[0] if sys.argv else "").stem
-    return program in ("peft-graft", "peft-graft-script") or (
-        program == "-m" and sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
-    )
-
-
-# The command line imports what a command needs, when it runs: `peft-graft --help` must not wait for torch and peft.
-if not _is_command_line():
-    from .checkpoints.pairing import DonorError
-    from .patch.patch import Patch, PatchError
-    from .selection.rules import RULES, SelectionError
-    from .training.initialize import AlphaCallback, fit_alpha, initialize_graft
-    from .tuner import GraftConfig, GraftModel

@@ -1,4 +1,4 @@
-"""`python -m peft_graft` is `peft-graft`."""
+"""Run the command line: `python -m peft_graft` is `peft-graft`, but loads the library before it shows help."""
 
 import sys
 

@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from peft_graft.cli import ahead
+from peft_graft.cli import read_ahead
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         found.append((f"{path.parent.name}/{path.name}", start))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(ahead, "_STEP", 10)
+    monkeypatch.setattr(read_ahead, "_STEP", 10)
     return found
 
 
@@ -35,7 +35,7 @@ def write(tmp_path: Path, side: str, *sizes: int) -> list[Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up names of open files in /proc")
 def test_both_sides_are_asked_for_in_turns(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
-    ahead._advise([write(tmp_path, "a", 15, 5), write(tmp_path, "b", 15)], Event())
+    read_ahead._advise([write(tmp_path, "a", 15, 5), write(tmp_path, "b", 15)], Event())
     assert asked == [
         ("a/0.safetensors", 0), ("b/0.safetensors", 0), ("a/0.safetensors", 10), ("b/0.safetensors", 10),
         ("a/1.safetensors", 0),
@@ -48,16 +48,16 @@ def test_it_stops_when_told_and_at_half_the_memory(
 ) -> None:
     files, stop = [write(tmp_path, "a", 1000)], Event()
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 15}[name])
-    ahead._advise(files, stop)
+    read_ahead._advise(files, stop)
     assert [start for _, start in asked] == [0, 10, 20]
     stop.set()
-    ahead._advise(files, stop)
+    read_ahead._advise(files, stop)
     assert len(asked) == 3
 
 
 def test_what_cannot_be_read_is_passed_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "a", 5)
     (tmp_path / "a" / "broken.safetensors").symlink_to(tmp_path / "nowhere")
-    with ahead.reading_ahead("org/model", str(tmp_path / "a"), str(tmp_path / "none")):
+    with read_ahead.read_ahead("org/model", str(tmp_path / "a"), str(tmp_path / "none")):
         time.sleep(0.05)
     assert capfd.readouterr().err == ""

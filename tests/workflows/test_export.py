@@ -20,7 +20,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 import models
 from grafts import output, same_bits
 from models import inputs, perturbed
-from peft_graft import GraftConfig, PatchError
+from peft_graft import PatchError
 from peft_graft.workflows import export as export_module
 from peft_graft.workflows.export import EXPORTS, HEAD_FILE, VLLM_FILE, export, low_rank
 from peft_graft.workflows.extract import extract
@@ -33,8 +33,7 @@ def make(tmp_path: Path, family: str, dtype: torch.dtype = torch.float32, shards
     model = getattr(models, family)(dtype)
     model.save_pretrained(tmp_path / "base", max_shard_size=shards)
     perturbed(model).save_pretrained(tmp_path / "donor", max_shard_size=shards)
-    config = GraftConfig(donor=tmp_path / "donor", **{"density": 0.05, **options})
-    extract(tmp_path / "base", config, tmp_path / "skill")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", **{"density": 0.05, **options})
     return type(model)
 
 
@@ -84,8 +83,7 @@ def test_a_head_that_the_base_lacks_gets_a_file_and_the_class_its_name(shards: s
     base = BertForMaskedLM(donor.config)
     base.bert.load_state_dict(perturbed(donor).bert.state_dict(), strict=False)
     base.save_pretrained(tmp_path / "base", max_shard_size=shards)
-    config = GraftConfig(donor=tmp_path / "donor", density=0.1, exclude_modules=["pooler.dense"])
-    extract(tmp_path / "base", config, tmp_path / "skill")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", density=0.1, exclude_modules=["pooler.dense"])
     done = export(tmp_path / "skill", "checkpoint", tmp_path / "out")
     assert HEAD_FILE in done.notes[0]
     found = type(donor).from_pretrained(tmp_path / "out")
@@ -101,9 +99,9 @@ def test_a_head_of_another_shape_than_the_bases_is_refused(tmp_path: Path) -> No
     donor = models.tiny_bert(num_labels=3)
     donor.bert.load_state_dict(perturbed(model).bert.state_dict())
     donor.save_pretrained(tmp_path / "donor")
-    extract(tmp_path / "base", GraftConfig(donor=tmp_path / "donor", density=0.1), tmp_path / "skill")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", density=0.1)
     with pytest.raises(
-        PatchError, match=r"head must have the base's shape, got \(3,\) for \(2,\) in 'classifier\.bias'"
+        PatchError, match=r"module to save must have the base's shape, got \(3,\) for \(2,\) in 'classifier\.bias'"
     ):
         export(tmp_path / "skill", "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -234,7 +232,7 @@ def test_large_layers_are_decomposed_by_iteration_nearly_as_well(monkeypatch: py
     delta = torch.randn(60, 90, generator=generator) * (torch.rand(60, 90, generator=generator) < 0.3)
     down, up = low_rank(delta, 8)
     best = float((delta - up @ down).norm())
-    monkeypatch.setattr(export_module, "EXACT_UP_TO", 1)
+    monkeypatch.setattr(export_module, "FULL_SVD_UP_TO", 1)
     again = [low_rank(delta, 8) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0])  # of known random numbers
     assert best <= float((delta - again[0][1] @ again[0][0]).norm()) < 1.01 * best

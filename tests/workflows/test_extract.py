@@ -74,7 +74,7 @@ def test_every_byte_is_that_of_the_models_in_memory(family: str, dtype: torch.dt
     base, donor = save_pair(tmp_path, build, dtype)
     config = GraftConfig(donor=str(donor), density=0.03, task_type=task_of(build()))
     expected = reference(base, config, tmp_path / "reference", type(build()))
-    done = extract(base, GraftConfig(donor=donor, density=0.03), tmp_path / "out")
+    done = extract(base, donor, tmp_path / "out", density=0.03)
     assert_same_files(tmp_path / "out", expected)
     assert done.entries == round(0.03 * done.eligible) == Patch.load(expected / FILES[2]).num_params
     assert done.nbytes == (expected / FILES[2]).stat().st_size
@@ -100,9 +100,10 @@ def test_every_byte_is_that_of_the_models_in_memory(family: str, dtype: torch.dt
 def test_every_option_means_what_it_means_in_memory(options: dict[str, Any], tmp_path: Path) -> None:
     base, donor = save_pair(tmp_path, models.tiny_bert, torch.bfloat16, max_shard_size="4KB")
     assert len(list(base.glob("*.safetensors"))) > 3
-    config = {"donor": str(donor), "task_type": "SEQ_CLS", **options}
-    expected = reference(base, copy.deepcopy(GraftConfig(**config)), tmp_path / "reference", type(models.tiny_bert()))
-    extract(base, GraftConfig(**config), tmp_path / "out")
+    config = GraftConfig(**copy.deepcopy({"donor": str(donor), "task_type": "SEQ_CLS", **options}))
+    expected = reference(base, config, tmp_path / "reference", type(models.tiny_bert()))
+    options["budget_scope"] = options.pop("scope", "global")
+    extract(base, donor, tmp_path / "out", task_type="SEQ_CLS", **options)
     assert_same_files(tmp_path / "out", expected)
 
 
@@ -110,7 +111,7 @@ def test_the_zeros_donor_needs_no_file(tmp_path: Path) -> None:
     base, _ = save_pair(tmp_path, models.tiny_llama)
     config = GraftConfig(donor="zeros", density=0.05, task_type="CAUSAL_LM")
     expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
-    done = extract(base, config, tmp_path / "out")
+    done = extract(base, "zeros", tmp_path / "out", density=0.05)
     assert_same_files(tmp_path / "out", expected)
     assert done.donor_nbytes == 0
 
@@ -119,9 +120,9 @@ def test_a_budget_that_does_not_fit_in_memory_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, donor = save_pair(tmp_path, models.tiny_gpt2)
-    extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "one")
+    extract(base, donor, tmp_path / "one", density=0.1)
     monkeypatch.setattr(streaming, "HELD_AT_ONCE", 10)
-    extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "other")
+    extract(base, donor, tmp_path / "other", density=0.1)
     assert_same_files(tmp_path / "one", tmp_path / "other")
 
 
@@ -133,11 +134,10 @@ def test_a_head_that_the_base_lacks_comes_from_the_donor(tmp_path: Path) -> None
     missing = base_model.bert.load_state_dict(perturbed(donor_model).bert.state_dict(), strict=False)
     assert missing.unexpected_keys == ["pooler.dense.weight", "pooler.dense.bias"]
     base_model.save_pretrained(tmp_path / "base")
-    config = GraftConfig(donor=str(tmp_path / "donor"), density=0.05, exclude_modules=["pooler.dense"])
     with pytest.raises(DonorError, match=r"base must hold every targeted tensor of the model.*pooler\.dense\.bias"):
-        extract(tmp_path / "base", GraftConfig(donor=tmp_path / "donor", density=0.05), tmp_path / "out")
+        extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", density=0.05)
     assert not (tmp_path / "out").exists()
-    extract(tmp_path / "base", config, tmp_path / "out")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", density=0.05, exclude_modules=["pooler.dense"])
     torch.manual_seed(1)  # the pooler is new in every load
     base = type(donor_model).from_pretrained(tmp_path / "base", num_labels=5)
     grafted = PeftModel.from_pretrained(base, tmp_path / "out")
@@ -149,7 +149,7 @@ def test_a_head_that_the_base_lacks_comes_from_the_donor(tmp_path: Path) -> None
 
 def test_the_adapter_grafts_the_donor(tmp_path: Path) -> None:
     base, donor = save_pair(tmp_path, models.tiny_qwen)
-    extract(base, GraftConfig(donor=donor, density=1.0, target_modules="all"), tmp_path / "out")
+    extract(base, donor, tmp_path / "out", density=1.0, target_modules="all")
     model = type(models.tiny_qwen())
     grafted = PeftModel.from_pretrained(model.from_pretrained(base), tmp_path / "out")
     batch = inputs(models.tiny_qwen())
@@ -172,9 +172,7 @@ def test_an_exact_patch_is_lossless(tmp_path: Path) -> None:
     donor = sparse(model)
     model.save_pretrained(tmp_path / "base")
     donor.save_pretrained(tmp_path / "donor")
-    done = extract(
-        tmp_path / "base", GraftConfig(donor=tmp_path / "donor", target_modules="all"), tmp_path / "out", exact=True
-    )
+    done = extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", target_modules="all", exact=True)
     merged = PeftModel.from_pretrained(
         type(model).from_pretrained(tmp_path / "base"), tmp_path / "out"
     ).merge_and_unload()
@@ -192,7 +190,7 @@ def test_an_exact_patch_is_lossless(tmp_path: Path) -> None:
 def test_an_exact_patch_that_outweighs_the_donor_is_told(tmp_path: Path) -> None:
     base, donor = save_pair(tmp_path, models.tiny_llama)  # every entry differs
     with pytest.warns(UserWarning, match=r"patch should be smaller than the donor, got .* entries differ\)\. Keep"):
-        done = extract(base, GraftConfig(donor=donor), tmp_path / "out", exact=True)
+        done = extract(base, donor, tmp_path / "out", exact=True)
     assert done.nbytes >= done.donor_nbytes > 0
 
 
@@ -204,15 +202,15 @@ def test_other_dtypes_than_the_files_are_those_that_loading_gives(tmp_path: Path
         path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     config = GraftConfig(donor=str(donor), density=0.05, task_type="CAUSAL_LM")
     expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
-    extract(base, config, tmp_path / "out")
+    extract(base, donor, tmp_path / "out", density=0.05)
     assert_same_files(tmp_path / "out", expected)
     assert GraftConfig.from_pretrained(expected).fingerprint["dtype"] == "bfloat16"
 
 
 def test_a_donor_without_a_configuration_is_of_the_bases_class(tmp_path: Path) -> None:
     base, donor = save_pair(tmp_path, models.tiny_gpt2)
-    extract(base, GraftConfig(donor=donor / "model.safetensors", density=0.05), tmp_path / "one")
-    extract(base, GraftConfig(donor=donor, density=0.05), tmp_path / "other")
+    extract(base, donor / "model.safetensors", tmp_path / "one", density=0.05)
+    extract(base, donor, tmp_path / "other", density=0.05)
     assert filecmp.cmp(tmp_path / "one" / FILES[2], tmp_path / "other" / FILES[2], shallow=False)
 
 
@@ -224,12 +222,12 @@ def test_an_adapter_is_replaced_only_when_told(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    extract(base, GraftConfig(donor=donor, density=0.05), out)
+    extract(base, donor, out, density=0.05)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(FileExistsError, match=r"output_dir must hold no adapter yet, got 'adapter_config\.json'"):
-        extract(base, GraftConfig(donor=donor, density=0.1), out)
+        extract(base, donor, out, density=0.1)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    extract(base, GraftConfig(donor=donor, density=0.1), out, overwrite=True)
+    extract(base, donor, out, density=0.1, overwrite=True)
     after = {file.name: file.read_bytes() for file in out.iterdir()}
     assert after.keys() == before.keys() and after["notes.txt"] == b"mine"
     assert after[FILES[2]] != before[FILES[2]]
@@ -238,7 +236,7 @@ def test_an_adapter_is_replaced_only_when_told(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="output_dir must be a directory, got the file"):
-        extract(tmp_path, GraftConfig(donor="zeros", density=0.1), tmp_path / "out")
+        extract(tmp_path, "zeros", tmp_path / "out", density=0.1)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -248,7 +246,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, donor / "model.safetensors", {"format": "pt"})
     with pytest.raises(DonorError, match=r"must be finite, got 1 NaN or Inf in 'model\.norm\.weight'"):
-        extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+        extract(base, donor, tmp_path / "out", density=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "donor"]
 
 
@@ -259,32 +257,32 @@ def test_a_donor_that_equals_the_base_is_refused(tmp_path: Path) -> None:
     base, _ = save_pair(tmp_path, models.tiny_llama)
     for options in ({"density": 0.1}, {"exact": True}):
         with pytest.raises(DonorError, match="must differ from the base in the targeted modules"):
-            extract(base, GraftConfig(donor=base, density=options.pop("density", None)), tmp_path / "out", **options)
+            extract(base, base, tmp_path / "out", density=options.pop("density", None), **options)
 
 
 @pytest.mark.parametrize("selection", ["taylor", "learned"])
 def test_rules_that_need_data_are_refused(selection: str, tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match=f"selection must need no data here, got '{selection}'"):
-        extract(tmp_path, GraftConfig(donor="zeros", density=0.1, selection=selection), tmp_path / "out")
+        extract(tmp_path, "zeros", tmp_path / "out", density=0.1, selection=selection)
 
 
 @pytest.mark.parametrize("options", [{"density": 0.1}, {"num_params": 5}, {"alpha": 0.5}])
 def test_an_exact_patch_has_no_budget(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="exact must come without a budget and with alpha 1"):
-        extract(tmp_path, GraftConfig(donor="zeros", **options), tmp_path / "out", exact=True)
+        extract(tmp_path, "zeros", tmp_path / "out", **options, exact=True)
 
 
 @pytest.mark.parametrize("donor", [None, nn.Linear(2, 2)])
 def test_a_donor_in_memory_is_refused(donor: Any, tmp_path: Path) -> None:
     with pytest.raises(DonorError, match="donor must be a directory, a Hub id or 'zeros', got"):
-        extract(tmp_path, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+        extract(tmp_path, donor, tmp_path / "out", density=0.1)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     base, _ = save_pair(tmp_path, models.tiny_llama)
     models.tiny_gpt2().save_pretrained(tmp_path / "other")
     with pytest.raises(DonorError, match="This is not the same architecture"):
-        extract(base, GraftConfig(donor=tmp_path / "other", density=0.1), tmp_path / "out")
+        extract(base, tmp_path / "other", tmp_path / "out", density=0.1)
 
 
 @pytest.mark.skipif(
@@ -294,8 +292,8 @@ def test_tensors_that_are_split_while_loading_are_refused_unless_left_out(tmp_pa
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     base, donor = save_pair(tmp_path, lambda dtype: Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).to(dtype))
     with pytest.raises(DonorError, match=r"base tensors must stand in the files as they do in the model.*\(Chunk"):
-        extract(base, GraftConfig(donor=donor, density=0.1), tmp_path / "out")
-    extract(base, GraftConfig(donor=donor, density=0.1, exclude_modules=["gate_proj", "up_proj"]), tmp_path / "out")
+        extract(base, donor, tmp_path / "out", density=0.1)
+    extract(base, donor, tmp_path / "out", density=0.1, exclude_modules=["gate_proj", "up_proj"])
 
 
 def test_a_base_that_cannot_be_read_is_called_the_base(tmp_path: Path) -> None:
@@ -304,4 +302,4 @@ def test_a_base_that_cannot_be_read_is_called_the_base(tmp_path: Path) -> None:
     with (tmp_path / "cut" / "model-00002-of-00004.safetensors").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(DonorError, match="base file must be a whole safetensors file"):
-        extract(tmp_path / "cut", GraftConfig(donor=donor, density=0.1), tmp_path / "out")
+        extract(tmp_path / "cut", donor, tmp_path / "out", density=0.1)

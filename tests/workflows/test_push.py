@@ -160,7 +160,7 @@ def test_cache_serves_when_offline(world: World, skill: dict[str, Any]) -> None:
 
 def test_push_uploads_the_adapter_and_nothing_else(world: World, saved: Path) -> None:
     before = contents(saved)
-    world.writer("push", str(saved), "me/directory")
+    world.writer("push", "me/directory", str(saved))
     files = world.hub.files("me/directory")
     assert set(files) - {".gitattributes"} == ADAPTER | {"skill_map.png"}
     assert files["adapter_model.safetensors"] == before["adapter_model.safetensors"]
@@ -171,7 +171,7 @@ def test_push_uploads_the_adapter_and_nothing_else(world: World, saved: Path) ->
 
 def test_published_files_name_no_local_paths(world: World, saved: Path, tmp_path: Path) -> None:
     assert str(world.base) in (saved / "adapter_config.json").read_text()  # so that it loads here
-    world.writer("push", str(saved), "me/paths")
+    world.writer("push", "me/paths", str(saved))
     assert any(str(world.base) in warning for warning in world.writer.warnings)
     files = world.hub.files("me/paths")
     assert [name for name, body in files.items() if str(world.base.parent).encode() in body] == []
@@ -192,13 +192,13 @@ def test_base_directory_gets_the_name_on_record(world: World, tmp_path: Path) ->
 
 
 def test_edits_on_the_hub_survive_the_next_push(world: World, saved: Path) -> None:
-    world.writer("push", str(saved), "me/edited")
+    world.writer("push", "me/edited", str(saved))
     card = world.card("me/edited")
     card.text = card.text.replace("## Limits", "My own words.\n\n## Limits")
     card.data.license = "apache-2.0"
     world.hub.add("me/edited", {**world.hub.files("me/edited"), "README.md": str(card).encode()})
     for repeat in (
-        lambda: world.writer("push", str(saved), "me/edited"),
+        lambda: world.writer("push", "me/edited", str(saved)),
         lambda: world.writer("graft_and_push", "org/base", CONFIG, "me/edited"),
     ):
         repeat()
@@ -210,12 +210,12 @@ def test_edits_on_the_hub_survive_the_next_push(world: World, saved: Path) -> No
 
 
 def test_push_into_branch_and_pull_request(world: World, saved: Path) -> None:
-    world.writer("push", str(saved), "me/pushed", commit_message="first")
+    world.writer("push", "me/pushed", str(saved), commit_message="first")
     main = world.hub.files("me/pushed")
     assert "first" in world.hub.repositories["me/pushed"].messages.values()
     metrics = {name: {"accuracy": score} for name, score in (("base", 0.5), ("donor", 0.9), ("graft", 0.8))}
-    world.writer("push", str(saved), "me/pushed", revision="measured", metrics=metrics)
-    proposed = world.writer("push", str(saved), "me/pushed", create_pr=True, metrics=metrics)
+    world.writer("push", "me/pushed", str(saved), revision="measured", metrics=metrics)
+    proposed = world.writer("push", "me/pushed", str(saved), create_pr=True, metrics=metrics)
     assert world.hub.files("me/pushed") == main
     for revision in ("measured", proposed["pr"]):
         results = world.card("me/pushed", revision).data.eval_results
@@ -228,33 +228,33 @@ def test_push_into_branch_and_pull_request(world: World, saved: Path) -> None:
 
 def test_push_without_a_token_is_refused(world: World, saved: Path) -> None:
     with pytest.raises(ClientError, match="(?s)401.*hf auth login"):
-        world.reader("push", str(saved), "me/forbidden")
+        world.reader("push", "me/forbidden", str(saved))
     with pytest.raises(ClientError, match="401"):
-        world.writer("push", str(saved), "me/forbidden", token=False)
+        world.writer("push", "me/forbidden", str(saved), token=False)
     with pytest.raises(ClientError, match="(?s)403.*write access"):
-        world.reader("push", str(saved), "me/forbidden", token="hf_you")
+        world.reader("push", "me/forbidden", str(saved), token="hf_you")
     with pytest.raises(ClientError, match="401"):
         world.reader("graft_and_push", str(world.base), {**CONFIG, "donor": "zeros"}, "me/forbidden")
     assert "me/forbidden" not in world.hub.repositories
 
 
 def test_strangers_may_propose(world: World, saved: Path) -> None:
-    world.writer("push", str(saved), "me/open")
+    world.writer("push", "me/open", str(saved))
     main = world.hub.files("me/open")
-    proposed = world.reader("push", str(saved), "me/open", create_pr=True, token="hf_you", metrics={"graft": {"f1": 1}})
+    proposed = world.reader("push", "me/open", str(saved), create_pr=True, token="hf_you", metrics={"graft": {"f1": 1}})
     assert proposed["pr"] == "refs/pr/1"
     assert world.hub.files("me/open") == main
 
 
 def test_private_means_private(world: World, saved: Path) -> None:
-    world.writer("push", str(saved), "me/secret", private=True)
+    world.writer("push", "me/secret", str(saved), private=True)
     assert world.hub.repositories["me/secret"].private
     with pytest.raises(ClientError):
         world.reader("load", str(world.base), "me/secret")
     assert world.reader("load", str(world.base), "me/secret", token="hf_me")
-    world.writer("push", str(saved), "me/public", private=False)
+    world.writer("push", "me/public", str(saved), private=False)
     with pytest.raises(ClientError, match="private must be as the existing repository"):
-        world.writer("push", str(saved), "me/public", private=True)
+        world.writer("push", "me/public", str(saved), private=True)
 
 
 # When something breaks
@@ -264,7 +264,7 @@ def test_failed_upload_is_tried_again(world: World, saved: Path) -> None:
     world.hub.lfs.clear()
     fault = Fault(r"PUT /lfs/", 503)
     world.hub.faults = [fault]
-    world.writer("push", str(saved), "me/retried")
+    world.writer("push", "me/retried", str(saved))
     assert fault.times == 0
     assert set(world.hub.files("me/retried")) >= ADAPTER
 
@@ -278,12 +278,12 @@ def test_broken_push_changes_nothing(
                      for file in commit.values() if file.lfs}  # fmt: skip
     world.hub.faults = [Fault(broken, status)]
     with pytest.raises(ClientError, match=f"{status}|Error while uploading"):
-        world.writer("push", str(saved), "me/skill")
+        world.writer("push", "me/skill", str(saved))
     assert world.hub.repositories["me/skill"].refs == before
 
 
 def test_truncated_download_is_refused(world: World, saved: Path) -> None:
-    world.writer("push", str(saved), "me/truncated")
+    world.writer("push", "me/truncated", str(saved))
     world.hub.faults = [Fault(r"GET /lfs/", "short")]
     with pytest.raises(ClientError, match="Consistency check failed"):
         world.reader("load", str(world.base), "me/truncated")
@@ -327,4 +327,4 @@ def test_only_whole_grafts_have_a_card_and_are_published(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="directory must hold a saved graft"):
         write_card(tmp_path)
     with pytest.raises(ValueError, match="got 'no directory'"):
-        push(tmp_path / "nowhere", "me/skill")
+        push("me/skill", tmp_path / "nowhere")

@@ -15,10 +15,10 @@ from transformers import BertForSequenceClassification
 import models
 from grafts import same_bits
 from models import perturbed, tiny_bert, tiny_llama
-from peft_graft import DonorError, GraftConfig, PatchError
+from peft_graft import DonorError, PatchError
 from peft_graft.patch.combinations import COMBINATIONS
 from peft_graft.workflows.extract import extract
-from peft_graft.workflows.stitch import stitch_adapters
+from peft_graft.workflows.stitch import stitch
 
 FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
 NAMES = ("reviews", "news")
@@ -30,8 +30,7 @@ def make(tmp_path: Path, family: str = "tiny_llama", alphas: tuple[float, float]
     base.save_pretrained(tmp_path / "base")
     for seed, (name, alpha) in enumerate(zip(NAMES, alphas, strict=True)):
         perturbed(base, seed=seed).save_pretrained(tmp_path / f"donor_{name}")
-        config = GraftConfig(donor=tmp_path / f"donor_{name}", density=0.3, alpha=alpha, **options)
-        extract(tmp_path / "base", config, tmp_path / name)
+        extract(tmp_path / "base", tmp_path / f"donor_{name}", tmp_path / name, density=0.3, alpha=alpha, **options)
     return type(base)
 
 
@@ -58,8 +57,8 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 def test_files_give_what_models_give(combination: str, tmp_path: Path) -> None:
     cls = make(tmp_path, alphas=(1.0, 2.5))
     expected = in_memory(tmp_path, cls, [1.0, -0.5], combination_type=combination)
-    done = stitch_adapters(
-        [tmp_path / name for name in NAMES], tmp_path / "both", weights=[1.0, -0.5], combination=combination
+    done = stitch(
+        [tmp_path / name for name in NAMES], tmp_path / "both", weights=[1.0, -0.5], combination_type=combination
     )
     assert_same_adapter(expected, tmp_path / "both")
     assert done.conflicts > 0 and done.nbytes == (tmp_path / "both" / "adapter_model.safetensors").stat().st_size
@@ -71,13 +70,13 @@ def test_every_architecture(family: str, tmp_path: Path) -> None:
     cls = make(tmp_path, family)
     expected = in_memory(tmp_path, cls, [1.0, 1.0], modules_to_save_from="reviews")
     adapters = [tmp_path / name for name in NAMES]
-    stitch_adapters(adapters, tmp_path / "both", modules_to_save_from=adapters[0])
+    stitch(adapters, tmp_path / "both", modules_to_save_from=adapters[0])
     assert_same_adapter(expected, tmp_path / "both")
 
 
 def test_one_adapter_is_itself(tmp_path: Path) -> None:
     make(tmp_path)
-    stitch_adapters([tmp_path / "news"], tmp_path / "out")
+    stitch([tmp_path / "news"], tmp_path / "out")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("news", "out"))
     assert before.keys() == after.keys() and all(same_bits(before[key], after[key]) for key in before)
 
@@ -85,7 +84,7 @@ def test_one_adapter_is_itself(tmp_path: Path) -> None:
 def test_the_order_of_adapters_does_not_matter(tmp_path: Path) -> None:
     make(tmp_path)
     for out, names in (("one", NAMES), ("other", NAMES[::-1])):
-        stitch_adapters([tmp_path / name for name in names], tmp_path / out, combination="mean")
+        stitch([tmp_path / name for name in names], tmp_path / out, combination_type="mean")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "other"))
     assert one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
 
@@ -104,7 +103,7 @@ def with_heads(tmp_path: Path, labels: tuple[int, int]) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     for seed, (name, count) in enumerate(zip(NAMES, labels, strict=True)):
         perturbed(for_labels(tmp_path, count), seed=seed).save_pretrained(tmp_path / f"donor_{name}")
-        extract(tmp_path / "base", GraftConfig(donor=tmp_path / f"donor_{name}", density=0.1), tmp_path / name)
+        extract(tmp_path / "base", tmp_path / f"donor_{name}", tmp_path / name, density=0.1)
 
 
 @pytest.mark.parametrize("labels", [(2, 2), (5, 3)])
@@ -112,9 +111,9 @@ def test_a_head_is_chosen(labels: tuple[int, int], tmp_path: Path) -> None:
     with_heads(tmp_path, labels)
     adapters = [tmp_path / name for name in NAMES]
     with pytest.raises(ValueError, match="modules_to_save_from"):
-        stitch_adapters(adapters, tmp_path / "both")
+        stitch(adapters, tmp_path / "both")
     assert not (tmp_path / "both").exists()
-    stitch_adapters(adapters, tmp_path / "both", modules_to_save_from=tmp_path / "news")
+    stitch(adapters, tmp_path / "both", modules_to_save_from=tmp_path / "news")
     head = {
         name: {key: value for key, value in load_file(path).items() if "classifier" in key}
         for name in ("news", "both")
@@ -130,25 +129,24 @@ def test_a_head_is_chosen_however_its_path_is_written(tmp_path: Path, monkeypatc
     with_heads(tmp_path, (2, 2))
     monkeypatch.chdir(tmp_path)
     for number, path in enumerate(("./news", "news", tmp_path / "reviews" / ".." / "news")):
-        stitch_adapters(["reviews/", "news/"], f"both_{number}", modules_to_save_from=path)
+        stitch(["reviews/", "news/"], f"both_{number}", modules_to_save_from=path)
         assert_same_adapter(tmp_path / "both_0", tmp_path / f"both_{number}")
 
 
 def test_equal_heads_need_no_choice(tmp_path: Path) -> None:
     with_heads(tmp_path, (2, 2))
-    stitch_adapters([tmp_path / "news", tmp_path / "news"], tmp_path / "twice", combination="mean")
+    stitch([tmp_path / "news", tmp_path / "news"], tmp_path / "twice", combination_type="mean")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("news", "twice"))
     assert before.keys() == after.keys() and all(same_bits(before[key], after[key]) for key in before)
 
 
 def test_a_head_can_only_come_from_who_has_one(tmp_path: Path) -> None:
     make(tmp_path)
-    config = GraftConfig(donor=tmp_path / "donor_news", density=0.1, modules_to_save=["lm_head"])
-    extract(tmp_path / "base", config, tmp_path / "headed")
+    extract(tmp_path / "base", tmp_path / "donor_news", tmp_path / "headed", density=0.1, modules_to_save=["lm_head"])
     adapters = [tmp_path / "reviews", tmp_path / "headed"]
     with pytest.raises(ValueError, match=r"must have modules to save, got 'reviews'. Choose from \['headed'\]"):
-        stitch_adapters(adapters, tmp_path / "both", modules_to_save_from=adapters[0])
-    stitch_adapters(adapters, tmp_path / "both")
+        stitch(adapters, tmp_path / "both", modules_to_save_from=adapters[0])
+    stitch(adapters, tmp_path / "both")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("headed", "both"))
     (key,) = [key for key in before if "lm_head" in key]
     assert same_bits(before[key], after[key])
@@ -161,11 +159,11 @@ def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
     make(tmp_path)
     moved = tmp_path / "elsewhere"
     perturbed(tiny_llama(torch.bfloat16), seed=7).save_pretrained(moved / "base")
-    extract(moved / "base", GraftConfig(donor=tmp_path / "donor_news", density=0.3), moved / "news")
+    extract(moved / "base", tmp_path / "donor_news", moved / "news", density=0.3)
     with pytest.raises(PatchError, match="of one base"):
-        stitch_adapters([tmp_path / "reviews", moved / "news"], tmp_path / "both")
+        stitch([tmp_path / "reviews", moved / "news"], tmp_path / "both")
     with pytest.raises(PatchError, match="base"):
-        stitch_adapters([tmp_path / "reviews", moved / "news"], tmp_path / "both", base=tmp_path / "base")
+        stitch([tmp_path / "reviews", moved / "news"], tmp_path / "both", base=tmp_path / "base")
     assert not (tmp_path / "both").exists()
 
 
@@ -173,8 +171,7 @@ def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
 def test_heads_that_are_damaged_are_refused(change: str, tmp_path: Path) -> None:
     """None is left out in silence either."""
     make(tmp_path)
-    config = GraftConfig(donor=tmp_path / "donor_news", density=0.1, modules_to_save=["lm_head"])
-    extract(tmp_path / "base", config, tmp_path / "headed")
+    extract(tmp_path / "base", tmp_path / "donor_news", tmp_path / "headed", density=0.1, modules_to_save=["lm_head"])
     file = tmp_path / "headed" / "adapter_model.safetensors"
     tensors = load_file(file)
     (key,) = [key for key in tensors if "lm_head" in key]
@@ -188,7 +185,7 @@ def test_heads_that_are_damaged_are_refused(change: str, tmp_path: Path) -> None
     save_file(tensors, file)
     name = "model.norm.weight" if change == "other" else "lm_head.weight"
     with pytest.raises(PatchError, match=f"must be those of the adapter's modules_to_save, got others for '{name}'"):
-        stitch_adapters([tmp_path / "reviews", tmp_path / "headed"], tmp_path / "both")
+        stitch([tmp_path / "reviews", tmp_path / "headed"], tmp_path / "both")
     assert not (tmp_path / "both").exists()
 
 
@@ -196,8 +193,8 @@ def test_a_copy_of_the_base_will_do(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(DonorError, match="base must be an existing directory"):
-        stitch_adapters([tmp_path / name for name in NAMES], tmp_path / "both")
-    stitch_adapters([tmp_path / name for name in NAMES], tmp_path / "both", base=tmp_path / "moved")
+        stitch([tmp_path / name for name in NAMES], tmp_path / "both")
+    stitch([tmp_path / name for name in NAMES], tmp_path / "both", base=tmp_path / "moved")
     assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
 
 
@@ -205,7 +202,7 @@ def test_a_wrong_base_is_refused_by_the_name_of_the_right_one(tmp_path: Path) ->
     make(tmp_path)
     adapters = [tmp_path / name for name in NAMES]
     with pytest.raises(PatchError, match=f"Load '{tmp_path / 'base'}'"):
-        stitch_adapters(adapters, tmp_path / "both", base=tmp_path / "donor_news")
+        stitch(adapters, tmp_path / "both", base=tmp_path / "donor_news")
 
 
 def test_a_base_that_is_gone_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,24 +210,22 @@ def test_a_base_that_is_gone_can_be_named(tmp_path: Path, monkeypatch: pytest.Mo
     make(Path())
     monkeypatch.chdir(tmp_path / "donor_news")  # from here, the path that the adapters hold leads nowhere
     with pytest.raises(DonorError, match="the base that the adapter names; give yours as base"):
-        stitch_adapters([tmp_path / name for name in NAMES], tmp_path / "both")
+        stitch([tmp_path / name for name in NAMES], tmp_path / "both")
 
 
 def test_one_base_may_be_named_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
-    extract("base", GraftConfig(donor="donor_news", density=0.3), "relative")
-    stitch_adapters(["reviews", "relative"], "both")
-    stitch_adapters(["reviews", "relative"], "expected", base=tmp_path / "base")
+    extract("base", "donor_news", "relative", density=0.3)
+    stitch(["reviews", "relative"], "both")
+    stitch(["reviews", "relative"], "expected", base=tmp_path / "base")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("expected", "both"))
     assert one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
 
 
 def test_all_wrong_arguments_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
-        stitch_adapters(
-            ["a", "b"], tmp_path / "out", weights=[float("nan")], combination="sum", modules_to_save_from="c"
-        )
+        stitch(["a", "b"], tmp_path / "out", weights=[float("nan")], combination_type="sum", modules_to_save_from="c")
     for words in (
         "combination_type must be one of",
         "got 1",
@@ -239,14 +234,14 @@ def test_all_wrong_arguments_are_told_at_once(tmp_path: Path) -> None:
     ):
         assert words in str(told.value)
     with pytest.raises(ValueError, match="at least one"):
-        stitch_adapters([], tmp_path / "out")
+        stitch([], tmp_path / "out")
 
 
 def test_what_is_there_stays_unless_told(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(FileExistsError, match="overwrite"):
-        stitch_adapters([tmp_path / "reviews"], tmp_path / "news")
-    stitch_adapters([tmp_path / "reviews"], tmp_path / "news", overwrite=True)
+        stitch([tmp_path / "reviews"], tmp_path / "news")
+    stitch([tmp_path / "reviews"], tmp_path / "news", overwrite=True)
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in NAMES)
     assert all(same_bits(before[key], after[key]) for key in before)
 
@@ -256,7 +251,7 @@ def test_directories_may_have_any_name(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("keys", "default", "a.b/keys")]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
-        stitch_adapters([tmp_path / "news"], path)
-    stitch_adapters(paths, tmp_path / "out", combination="mean")
+        stitch([tmp_path / "news"], path)
+    stitch(paths, tmp_path / "out", combination_type="mean")
     parts = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["provenance"]["adapters"]
     assert [part["name"] for part in parts] == ["keys-2", "default-2", "keys-3"]

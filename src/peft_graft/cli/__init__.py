@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""Parse and run the command line. Nothing heavy is imported before a command runs."""
 
 from .main import main
 

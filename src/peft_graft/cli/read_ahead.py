@@ -1,4 +1,4 @@
-"""Files on their way from the disk while imports run, which take seconds and leave the disk idle."""
+"""Read checkpoints into memory while Python imports torch, which takes seconds and leaves the disk idle."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _STEP = 1 << 26
 
 
 @contextmanager
-def reading_ahead(*sources: str) -> Iterator[None]:
-    """Have the kernel read local checkpoints into its page cache meanwhile, all of them alike, up to half the memory.
+def read_ahead(*sources: str) -> Iterator[None]:
+    """Have the kernel read local checkpoints into its page cache, all of them at the same rate, up to half the memory.
 
     Args:
-        sources: Directories of safetensors files; anything else is passed over.
+        sources: Directories of safetensors files; anything else is ignored.
     """
     stop = Event()
     thread = Thread(target=_read, args=(sources, stop), daemon=True)
@@ -30,7 +30,7 @@ def reading_ahead(*sources: str) -> Iterator[None]:
 
 
 def _read(sources: tuple[str, ...], stop: Event) -> None:
-    with suppress(OSError):  # whoever reads them for good tells what is wrong with them
+    with suppress(OSError):  # the command itself reports files that cannot be read
         _advise([sorted(Path(source).glob("*.safetensors")) for source in sources], stop)
 
 

@@ -1,14 +1,15 @@
-"""A saved adapter beside the files of its base: what it would write where, tensor by tensor, without a loaded model."""
+"""A saved adapter on the files of its base: the values it writes, tensor by tensor, without loading a model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,7 +29,7 @@ from ..patch.arithmetic import grafted_values
 from ..patch.patch import Fingerprint, Patch, PatchError
 from ..tuner import GraftConfig
 
-_CLASSES: dict[str, Any] = {
+_AUTO_CLASSES: dict[str, Any] = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
@@ -38,14 +39,14 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-class Written(NamedTuple):
-    """What a patch writes into one tensor of a base's files.
+class FileEdit(NamedTuple):
+    """The entries that a patch replaces in one tensor of a checkpoint's files.
 
     Attributes:
-        name: The tensor's name in the files.
-        extent: Where it stands.
-        indices: Flat indices in it, int64 [n], increasing.
-        values: What the entries become, float [n], in the dtype of the file.
+        name: Name of the tensor in the files.
+        extent: Location of the tensor in the files.
+        indices: Flat indices in the tensor, int64 [n], increasing.
+        values: New values of these entries, float [n], in the dtype of the file.
     """
 
     name: str
@@ -54,29 +55,30 @@ class Written(NamedTuple):
     values: torch.Tensor
 
 
-class StoredGraft:
-    """A saved adapter and the files of its base.
+class AdapterOnBase:
+    """A saved adapter and the files of its base, checked against each other.
 
     Args:
-        adapter: The adapter's directory, or a Hub id.
-        base: The base's directory or Hub id; by default the one that the adapter names.
-        base_revision: Branch, tag or commit of a base on the Hub; by default the one that the adapter names.
+        adapter: Directory or Hub id of the adapter.
+        base: Directory or Hub id of the base. Default: the base that the adapter names.
+        base_revision: Branch, tag or commit of a base on the Hub. Default: the revision that the adapter names.
         revision: Branch, tag or commit of an adapter on the Hub.
+        token: Token for the Hub.
 
     Attributes:
-        config: The adapter's configuration.
-        patch: The patch.
-        heads: Tensors stored whole, by their name in the model.
-        labels: How many classes they tell apart, where that can be seen.
-        base: The base's directory or Hub id.
-        base_revision: Its revision.
-        model: The base without its values.
-        view: The base's files.
+        config: Configuration of the adapter.
+        patch: Patch of the adapter.
+        modules_to_save: Tensors of the modules stored whole (task heads), by their name in the model.
+        num_labels: Number of classes of the task head, None if there is no head that shows it.
+        base: Directory or Hub id of the base.
+        base_revision: Revision of the base.
+        model: The base's model without values (on the meta device).
+        view: The base's files under the names of `model`.
 
     Raises:
-        PatchError: There is no finished graft at `adapter`, it names no base, or it belongs to another one.
+        PatchError: `adapter` holds no finished graft, names no base, or belongs to another base.
         DonorError: The base cannot be read.
-        OSError: There is no such base or adapter.
+        OSError: The base or the adapter does not exist.
     """
 
     def __init__(
@@ -85,83 +87,100 @@ class StoredGraft:
         base: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
     ) -> None:
-        directory = fetch_adapter(adapter, revision)
-        self.config, self.patch, self.heads, self.labels = _read(directory)
-        named = self.config.base_model_name_or_path
-        given = base is not None
-        if not given:
-            base, base_revision = named, base_revision or self.config.revision
+        directory = fetch_adapter(adapter, revision, token)
+        self.config, self.patch, self.modules_to_save, self.num_labels = _read(directory)
+        self._token = token
+        recorded = self.config.base_model_name_or_path
+        is_given = base is not None
+        if not is_given:
+            base, base_revision = recorded, base_revision or self.config.revision
         if base is None:
-            raise PatchError("base must be given, got an adapter that does not name one. Pass the base's directory.")
+            raise PatchError(
+                f"base must be given for {os.fspath(adapter)!r}, whose configuration names none. "
+                "Pass the directory or Hub id of the model that the adapter was made for."
+            )
         self.base, self.base_revision = os.fspath(base), base_revision
-        files = _open_base(base, base_revision, given)
-        self.model = self.skeleton()
+        files = _open_base(base, base_revision, is_given, token)
+        self.model = self.build_model()
         self.view = ModelView(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._names = self._locate()
-        self._base = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
-        Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base, named)
+        self._names = self._resolve_names()
+        self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
+        Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base_values, recorded)
 
-    def skeleton(self, labels: int | None = None) -> PreTrainedModel:
-        """Build the base without its values (see `build_skeleton`), maybe for so many classes."""
-        like = read_config(self.base, self.base_revision) if labels else None
+    def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
+        """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
+        like = read_config(self.base, self.base_revision, self._token) if num_labels else None
         if like is not None:
-            like.num_labels = labels or 0
-        return build_skeleton(self.base, self.base_revision, like, _model_type(self.config))
+            like.num_labels = num_labels or 0
+        return build_skeleton(self.base, self.base_revision, like, _auto_class(self.config), self._token)
+
+    def download_base(self, allow_patterns: Sequence[str]) -> Path:
+        """Download files of a base on the Hub and return their directory."""
+        patterns = list(allow_patterns)
+        return Path(
+            snapshot_download(self.base, revision=self.base_revision, allow_patterns=patterns, token=self._token)
+        )
 
     def aliases(self, name: str) -> list[str]:
-        """Return all names that the model has for a patched tensor, which it may tie to others."""
+        """Return every name that the model has for a patched tensor: more than one if its weights are tied."""
         return self._aliases[name]
-
-    def base_entries(self, name: str) -> torch.Tensor:
-        """Return the base's values where a tensor is patched, in the dtype in which the base loads."""
-        return self._base[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one of the model's tensors."""
         return tuple(self._parameters[name].shape)
 
+    def base_values(self, name: str) -> torch.Tensor:
+        """Return the base's values at the patched entries of a tensor, [n], in the dtype in which the base loads."""
+        return self._base_values[name]
+
     def values(self, name: str) -> torch.Tensor:
-        """Return what the patch of a tensor writes: alpha on it, rounded once to the dtype in which the base loads."""
-        before, part = self._base[name], self.patch.tensors[name]
+        """Compute the grafted values base + alpha * (donor - base) of a tensor's patched entries.
+
+        Returns:
+            The values, [n], rounded once to the dtype in which the base loads; with alpha 1 the donor's bits.
+        """
+        before, part = self._base_values[name], self.patch.tensors[name]
         alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
         return grafted_values(before, part.values, alpha).to(before.dtype)
 
     def deltas(self, name: str) -> torch.Tensor:
-        """Return what the patch of a tensor adds to the base, float32 [n]."""
-        return self.values(name).float() - self._base[name].float()
+        """Compute the grafted values of a tensor minus the base's, float32 [n]."""
+        return self.values(name).float() - self._base_values[name].float()
 
-    def written(self) -> Iterator[Written]:
-        """Yield what the patch writes into the base's files, tensor by tensor of the files."""
+    def edits(self) -> Iterator[FileEdit]:
+        """Yield the changes that the patch makes to the base's files, one tensor of the files at a time."""
         for name, part in self.patch.tensors.items():
             values, start = self.values(name), 0
             stored = self.view.stored_names(self._names[name])
-            for each, extent in zip(stored, self.view.extents(self._names[name]), strict=True):
+            for stored_name, extent in zip(stored, self.view.extents(self._names[name]), strict=True):
                 end = start + torch.Size(extent.shape).numel()
                 first, last = torch.searchsorted(part.indices, torch.tensor([start, end])).tolist()
                 if last > first:
                     dtype: Any = extent.dtype
-                    yield Written(each, extent, part.indices[first:last] - start, values[first:last].to(dtype))
+                    indices = part.indices[first:last] - start
+                    yield FileEdit(stored_name, extent, indices, values[first:last].to(dtype))
                 start = end
 
-    def _locate(self) -> dict[str, str]:
-        """The view's name of every patched tensor."""
+    def _resolve_names(self) -> dict[str, str]:
+        """Return the name in `view` of every patched tensor, and check that the patch fits the model."""
         unknown = sorted(self.patch.tensors.keys() - self._parameters.keys())
         if unknown:
             raise PatchError(
                 f"patched tensors must be parameters of the base, got {unknown[0]!r} ({len(unknown)} such), which "
                 f"{type(self.model).__name__} of {self.base!r} lacks. Give the base that the adapter was made for."
             )
-        holders: dict[int, list[str]] = {}
+        names_of: dict[int, list[str]] = {}
         for name, parameter in self._parameters.items():
-            holders.setdefault(id(parameter), []).append(name)
+            names_of.setdefault(id(parameter), []).append(name)
         wanted = {name: self.shape(name) for name in self.patch.tensors}
         for name, part in self.patch.tensors.items():
             part.validate(name, torch.Size(wanted[name]).numel())
         self.view.require_plain(list(wanted))
         prefix = self.model.base_model_prefix
-        self._aliases = {name: holders[id(self._parameters[name])] for name in wanted}
+        self._aliases = {name: names_of[id(self._parameters[name])] for name in wanted}
         return resolve_names(wanted, self.view, prefixes=(prefix,) if prefix else (), aliases=self._aliases)
 
     def _read_entries(self, name: str) -> torch.Tensor:
@@ -169,11 +188,13 @@ class StoredGraft:
         return flat.to(self._parameters[name].dtype)
 
 
-def _open_base(base: str | os.PathLike[str], revision: str | None, given: bool) -> CheckpointDonor:
+def _open_base(
+    base: str | os.PathLike[str], revision: str | None, is_given: bool, token: str | bool | None
+) -> CheckpointDonor:
     try:
-        return CheckpointDonor(base, revision, role="base")
+        return CheckpointDonor(base, revision, role="base", token=token)
     except DonorError as error:
-        if given:
+        if is_given:
             raise
         raise DonorError(f"{error} This is the base that the adapter names; give yours as base (--base).") from error
 
@@ -189,10 +210,10 @@ def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor],
     return GraftConfig.from_pretrained(directory), saved.load_patch(), saved.load_modules_to_save(), saved.num_labels
 
 
-def _model_type(config: GraftConfig) -> Any:
-    """The class that loads the base, as PEFT's auto classes find it; None where the base's own class does."""
+def _auto_class(config: GraftConfig) -> Any:
+    """Return the class that loads the base, as PEFT's auto classes choose it; None for the base's own class."""
     if config.task_type is not None:
-        return _CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+        return _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     name = (config.auto_mapping or {}).get("base_model_class", "")
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -1,34 +1,35 @@
-"""How close two checkpoints are, layer by layer, read piece by piece."""
+"""Compare two checkpoints layer by layer, without loading either model."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 
 from ..checkpoints.block_reader import Pairs
-from ..checkpoints.donor import FLOAT_DTYPES, MAX_LISTED
+from ..checkpoints.donor import FLOAT_DTYPES
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..selection.rules import unit_of
 from ..selection.streaming import bits_differ
-from .format import table
 
 
 @dataclass
-class Closeness:
-    """Sums over the entries of some tensors in a base b and a donor d, from which distances follow.
+class Distance:
+    """Distance between the values b of a base and the values d of a donor: in one tensor, one layer, or all of them.
 
-    The distances of fine-tuned models to their base, by layer, are what Radiya-Dixit & Wang 2020 (arXiv 2004.14129,
-    section 3) look at: small in L1 and in angle, in some layers far more than in others.
+    The fields are sums over entries, so distances of tensors add up to those of a layer. Fine-tuned models stay close
+    to their base in L1 and in angle, in some layers far closer than in others: Radiya-Dixit & Wang 2020
+    (arXiv 2004.14129, section 3).
 
     Attributes:
-        name: What was summed over: a tensor, a layer, or everything.
-        entries: How many entries there are.
-        differing: How many of them differ in any bit.
+        name: Name of the tensor or layer; `"all"` for everything.
+        entries: Number of entries.
+        differing: Number of entries of which any bit differs.
         l1: sum |d - b|.
         l2_squared: sum (d - b)^2.
         base_squared: sum b^2.
@@ -54,34 +55,34 @@ class Closeness:
 
     @property
     def l2(self) -> float:
-        """|d - b|."""
+        """||d - b||, the L2 norm."""
         return math.sqrt(self.l2_squared)
 
     @property
     def l2_relative(self) -> float:
-        """|d - b| / |b|; NaN where b is zero."""
+        """||d - b|| / ||b||; NaN if b is zero."""
         return self.l2 / math.sqrt(self.base_squared) if self.base_squared else math.nan
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between b and d, in [-1, 1]; NaN where one is zero."""
+        """Cosine of the angle between b and d, in [-1, 1]; NaN if b or d is zero."""
         norms = math.sqrt(self.base_squared) * math.sqrt(self.donor_squared)
         return max(-1.0, min(1.0, self.dot / norms)) if norms else math.nan
 
     @property
     def angle(self) -> float:
-        """Angle between b and d as a share of a half turn, in [0, 1]; NaN where one is zero."""
+        """Angle between b and d as a share of 180 degrees, in [0, 1]; NaN if b or d is zero."""
         return math.acos(self.cosine) / math.pi
 
-    def add(self, other: Closeness) -> None:
-        """Sum over the other's entries too."""
+    def add(self, other: Distance) -> None:
+        """Add the entries of another distance to this one."""
         for each in fields(self)[1:]:
             if each.name != "largest":
                 setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         self.largest = max(self.largest, other.largest)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the counts and distances, for JSON; what is not a number is None."""
+        """Return the counts and distances for JSON, with None for NaN."""
         numbers = {
             key: getattr(self, key)
             for key in ("entries", "differing", "l1", "l1_mean", "l2", "l2_relative", "cosine", "angle", "largest")
@@ -90,37 +91,35 @@ class Closeness:
 
 
 @dataclass
-class Comparison:
-    """Two checkpoints side by side.
+class DiffResult:
+    """Distances between two checkpoints.
 
     Attributes:
-        tensors: How close each tensor is that both have in the same shape, in order of the base's names.
-        only_in_base: Names of the base's other tensors.
-        only_in_donor: Names of the donor's other tensors.
-        not_compared: Names of tensors whose shapes differ, or that hold no floating-point values.
+        tensors: Distance of every tensor that both checkpoints have in the same shape, in the order of their names.
+        only_in_base: Names of tensors that the donor lacks.
+        only_in_donor: Names of tensors that the base lacks.
+        not_compared: Names of tensors that have different shapes or no floating-point values.
     """
 
-    tensors: list[Closeness] = field(default_factory=list)
+    tensors: list[Distance] = field(default_factory=list)
     only_in_base: list[str] = field(default_factory=list)
     only_in_donor: list[str] = field(default_factory=list)
     not_compared: list[str] = field(default_factory=list)
 
     @property
-    def total(self) -> Closeness:
-        """How close everything is that was compared."""
-        return _summed("all", self.tensors)
+    def total(self) -> Distance:
+        """Distance over all compared tensors."""
+        return _sum("all", self.tensors)
 
-    def by_layer(self) -> list[Closeness]:
-        """Return how close each layer is: all tensors whose names agree up to the first number."""
-        layers: dict[str, list[Closeness]] = {}
+    def by_layer(self) -> list[Distance]:
+        """Return the distance of every layer: of all tensors whose names agree up to the first number."""
+        layers: dict[str, list[Distance]] = {}
         for each in self.tensors:
             layers.setdefault(unit_of(each.name, "layer"), []).append(each)
-        return [
-            _summed(layer, tensors) for layer, tensors in sorted(layers.items(), key=lambda item: _natural(item[0]))
-        ]
+        return [_sum(layer, tensors) for layer, tensors in sorted(layers.items(), key=lambda item: _natural(item[0]))]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, for JSON."""
+        """Return all distances and names for JSON."""
         return {
             "total": self.total.to_dict(),
             "layers": [layer.to_dict() for layer in self.by_layer()],
@@ -130,58 +129,36 @@ class Comparison:
             "not_compared": self.not_compared,
         }
 
-    def to_text(self, by_tensor: bool = False) -> str:
-        """Return a table with one row for each layer, or each tensor."""
-        rows = [_row(each) for each in [*(self.tensors if by_tensor else self.by_layer()), self.total]]
-        header = (
-            "tensor" if by_tensor else "layer",
-            "entries",
-            "differ",
-            "mean |d|",
-            "|d|",
-            "|d|/|base|",
-            "cosine",
-            "max |d|",
-        )
-        notes = [
-            f"{what}: {len(names)} ({', '.join(names[:MAX_LISTED])}{', ...' if len(names) > MAX_LISTED else ''})"
-            for what, names in (
-                ("only in the base", self.only_in_base),
-                ("only in the donor", self.only_in_donor),
-                ("not compared", self.not_compared),
-            )
-            if names
-        ]
-        return "\n".join([table(header, rows), *notes])
 
-
-def compare(
+def diff(
     base: str | os.PathLike[str],
     donor: str | os.PathLike[str],
     *,
     base_revision: str | None = None,
     donor_revision: str | None = None,
-    on_start: Callable[[int], Callable[[int], object]] | None = None,
-) -> Comparison:
-    """Compare two checkpoints tensor by tensor, as they stand in their files.
+    token: str | bool | None = None,
+    show_progress_bar: bool = False,
+) -> DiffResult:
+    """Compute the distances between two checkpoints, tensor by tensor, as their files hold them.
 
     Args:
         base: Directory, file or Hub id of a safetensors checkpoint.
-        donor: The other one. Names that differ by a prefix only (`bert.`) are found.
+        donor: The same of the other checkpoint. Names that differ by a prefix only (`bert.`) are matched.
         base_revision: Branch, tag or commit of a base on the Hub.
-        donor_revision: The same of a donor.
-        on_start: Called with the number of bytes to read; what it returns is called with the bytes of every read.
+        donor_revision: Branch, tag or commit of a donor on the Hub.
+        token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        show_progress_bar: Show a progress bar of the bytes read.
 
     Returns:
-        The comparison.
+        The distances, and the names of the tensors that cannot be compared.
 
     Raises:
-        DonorError: A checkpoint cannot be read, or they have no tensor in common.
+        DonorError: A checkpoint cannot be read, or the checkpoints have no tensor in common.
     """
-    ours = CheckpointDonor(base, base_revision, role="base")
-    theirs = CheckpointDonor(donor, donor_revision)
-    names = _matched(ours, theirs)
-    result = Comparison(
+    ours = CheckpointDonor(base, base_revision, role="base", token=token)
+    theirs = CheckpointDonor(donor, donor_revision, token=token)
+    names = _match_names(ours, theirs)
+    result = DiffResult(
         only_in_base=sorted({*ours.names()} - names.keys()), only_in_donor=sorted({*theirs.names()} - {*names.values()})
     )
     for name in list(names):
@@ -195,17 +172,22 @@ def compare(
             "Compare two checkpoints of one architecture."
         )
     pairs = Pairs({name: [ours.extent(name)] for name in names}, {name: [theirs.extent(names[name])] for name in names})
-    if on_start is not None:
-        pairs.progress = on_start(sum(pairs.nbytes))
-    found = {name: Closeness(name) for name in sorted(names, key=_natural)}
-    for where, measured in pairs.map(lambda piece: _measured(piece.base, piece.donor)):
-        found[where.name].add(measured)
-    result.tensors = list(found.values())
+    result.tensors = _measure_all(pairs, sorted(names, key=_natural), show_progress_bar)
     return result
 
 
-def _matched(ours: CheckpointDonor, theirs: CheckpointDonor) -> dict[str, str]:
-    """The donor's name by the base's, for all tensors that both have, whatever their shapes."""
+def _measure_all(pairs: Pairs, names: list[str], show_progress_bar: bool) -> list[Distance]:
+    found = {name: Distance(name) for name in names}
+    disable = not show_progress_bar
+    with tqdm(total=sum(pairs.nbytes), unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
+        pairs.progress = bar.update
+        for where, distance in pairs.map(lambda piece: _measure(piece.base, piece.donor)):
+            found[where.name].add(distance)
+    return list(found.values())
+
+
+def _match_names(ours: CheckpointDonor, theirs: CheckpointDonor) -> dict[str, str]:
+    """Return the donor's name by the base's name, for all tensors that both have in any shape."""
     held = {*theirs.names()}
     names = {name: name for name in ours.names() if name in held}
     free = held - names.keys()
@@ -223,11 +205,11 @@ def _matched(ours: CheckpointDonor, theirs: CheckpointDonor) -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
-def _measured(base: torch.Tensor, donor: torch.Tensor) -> Closeness:
+def _measure(base: torch.Tensor, donor: torch.Tensor) -> Distance:
     before, after = base.double(), donor.double()
     delta = after - before
     size = delta.abs()
-    return Closeness(
+    return Distance(
         "",
         base.numel(),
         int(bits_differ(base, donor).count_nonzero()),
@@ -240,26 +222,13 @@ def _measured(base: torch.Tensor, donor: torch.Tensor) -> Closeness:
     )
 
 
-def _summed(name: str, parts: Iterable[Closeness]) -> Closeness:
-    total = Closeness(name)
+def _sum(name: str, parts: Iterable[Distance]) -> Distance:
+    total = Distance(name)
     for part in parts:
         total.add(part)
     return total
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
-
-
-def _row(each: Closeness) -> tuple[str, ...]:
-    return (
-        each.name,
-        f"{each.entries:,}",
-        f"{each.differing / max(each.entries, 1):.2%}",
-        f"{each.l1_mean:.2e}",
-        f"{each.l2:.4g}",
-        f"{each.l2_relative:.2e}",
-        f"{each.cosine:.6f}",
-        f"{each.largest:.2e}",
-    )

@@ -1,4 +1,4 @@
-"""From a base and a donor in files to an adapter's directory, without building either model."""
+"""Write an adapter from the files of a base and a donor, without building either model in memory."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
-from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
 from ..checkpoints.block_reader import MOST_WORKERS, Pairs, in_order, pool_of
 from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
-from ..checkpoints.pairing import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
+from ..checkpoints.pairing import (
+    CheckpointDonor,
+    Donor,
+    DonorError,
+    ZerosDonor,
+    nothing_to_graft,
+    open_donor,
+    resolve_names,
+)
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..selection.rules import SelectionError, get_rule
@@ -28,9 +37,8 @@ from ..selection.streaming import Sieve, Taken
 from ..tuner import GraftConfig, GraftModel
 
 _ADAPTER = "default"
-# Entries that are coded at the same time, at some 50 bytes each.
-_ROOM = 1 << 22
-_Place = tuple[int, torch.dtype, torch.Size]  # offset in a file, and what stands there
+# Entries that are encoded at the same time, at about 50 bytes each.
+_ENTRIES_IN_FLIGHT = 1 << 22
 _TASKS = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -41,14 +49,14 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """What `extract` has written.
+class ExtractResult:
+    """Adapter written by `extract`.
 
     Attributes:
-        directory: Where the adapter is.
-        entries: How many entries it takes from the donor.
-        eligible: How many it might have taken.
-        nbytes: Size of its tensors' file.
+        directory: Directory of the adapter.
+        entries: Number of entries taken from the donor.
+        eligible: Number of entries that the budget is a share of.
+        nbytes: Size of the tensors' file.
         donor_nbytes: Size of the donor's targeted tensors; 0 for `"zeros"`.
     """
 
@@ -61,99 +69,110 @@ class Extraction:
 
 def extract(
     base: str | os.PathLike[str],
-    config: GraftConfig,
+    donor: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     *,
-    base_revision: str | None = None,
+    density: float | None = None,
+    num_params: int | None = None,
     exact: bool = False,
+    selection: str = "magnitude",
+    budget_scope: str = "global",
+    granularity: str = "entry",
+    target_modules: Collection[str] | str | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    alpha: float = 1.0,
+    task_type: str | None = None,
+    seed: int = 0,
+    base_revision: str | None = None,
+    donor_revision: str | None = None,
+    token: str | bool | None = None,
     overwrite: bool = False,
-    progress: bool = False,
-) -> Extraction:
-    """Write the adapter that `get_peft_model(base, config).save_pretrained(output_dir)` would, from files alone.
+    show_progress_bar: bool = False,
+    **config_options: Any,
+) -> ExtractResult:
+    """Write the adapter that `get_peft_model(base, GraftConfig(donor=donor, ...)).save_pretrained(output_dir)` would.
 
-    The files are read piece by piece, so memory grows with the patch, not with the models: about 60 bytes for each
+    Both checkpoints are streamed, so memory grows with the patch and not with the models: about 60 bytes for each
     entry of the patch up to 21 million entries, and beyond that with the entries taken from the largest tensor.
 
     Args:
         base: Directory or Hub id of a safetensors checkpoint with its config.json.
-        config: What to graft. `donor` must name a checkpoint or be `"zeros"`, and `selection` a rule that needs nothing
-            but weights. Where `task_type` is not given, the donor's architecture tells it.
-        output_dir: The adapter's directory; it appears when the adapter is whole.
+        donor: Directory, file or Hub id of the fine-tuned checkpoint, or `"zeros"`.
+        output_dir: Directory of the adapter; it appears when the adapter is complete.
+        density: Share of the targeted entries to take from the donor, in (0, 1].
+        num_params: The same as an integer.
+        exact: Take every entry whose bits differ: a lossless patch of everything that is targeted, without a budget.
+        selection: Rule that scores the entries; it must need nothing but weights: `"magnitude"` or `"random"`.
+        budget_scope: `"global"`, one budget over all targeted tensors, or `"tensor"`, the same density in each.
+        granularity: Take single entries (`"entry"`), or whole `"tensor"`s or `"layer"`s.
+        target_modules: Names (suffixes) or a regular expression of the modules to graft, or `"all"`. Default: all but
+            embeddings and head.
+        exclude_modules: Names or a regular expression of modules to leave alone.
+        modules_to_save: Modules to take whole from the donor.
+        alpha: Scale of the patch; 1 gives the donor's bits.
+        task_type: PEFT's task type, such as `"CAUSAL_LM"`. Default: the task of the donor's architecture.
+        seed: Seed of the rule `"random"`.
         base_revision: Branch, tag or commit of a base on the Hub.
-        exact: Take every entry whose bits differ: no budget, and a lossless patch of all that is targeted.
+        donor_revision: Branch, tag or commit of a donor on the Hub.
+        token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
         overwrite: Replace an adapter that is in `output_dir` already.
-        progress: Show a progress bar with bytes and the time left.
+        show_progress_bar: Show a progress bar of the bytes read.
+        **config_options: Further fields of `GraftConfig`, such as `layers_to_transform`.
 
     Returns:
-        What was written.
+        The adapter's directory, entries and sizes.
 
     Raises:
-        DonorError: Base and donor cannot be read, do not fit, are equal, or are stored in a form that is not supported.
+        DonorError: Base or donor cannot be read, do not fit each other, are equal, or are stored in a form that is not
+            supported.
         SelectionError: The budget is impossible, or the rule needs data.
         FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set.
-        OSError: There is no such base.
+        OSError: The base does not exist.
+        ValueError: An option is out of range.
 
     Warns:
         UserWarning: An exact patch is larger than the donor.
     """
     target = Path(output_dir)
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
-    config = _checked(config, exact)
-    base_files = CheckpointDonor(base, base_revision, role="base")
-    open_donor(config.donor, config.donor_revision)  # whose errors call it the donor
-    like = None if config.donor == ZerosDonor.name else read_config(config.donor, config.donor_revision)
-    model = build_skeleton(base, base_revision, like)
-    ours = ModelView(base_files, model)
-    config.task_type = config.task_type or task_of(model)
-    peft_model = _with_empty_adapter(model, config, base_revision)
-    tuner: GraftModel = peft_model.base_model
-    donor = tuner.open_donor(_ADAPTER)
-    theirs = donor if isinstance(donor, ModelView) else None
-    pairs = _pairs(tuner, ours, theirs)
-    _fill_heads(tuner.model, ours, theirs)
-    sieve = Sieve(
-        pairs,
-        None if exact else get_rule(config.selection),
-        density=config.density,
-        num_params=config.num_params,
-        scope=config.scope,
-        granularity=config.granularity,
-        seed=config.seed,
+    _require_files(donor)
+    config = GraftConfig(
+        donor=os.fspath(donor),
+        donor_revision=donor_revision,
+        density=density,
+        num_params=num_params,
+        selection=selection,
+        scope=budget_scope,
+        granularity=granularity,
+        target_modules=copy.copy(target_modules),  # PEFT extends its lists in place
+        exclude_modules=copy.copy(exclude_modules),
+        modules_to_save=copy.copy(modules_to_save),
+        alpha=alpha,
+        task_type=task_type,
+        seed=seed,
+        **config_options,
     )
-    # The configuration last: until then, the old one refuses the new tensors.
-    with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
-        with tqdm(
-            total=sum(pairs.nbytes) * sieve.passes, unit="B", unit_scale=True, desc="reading", disable=not progress
-        ) as bar:
-            pairs.progress = bar.update
-            kept = _take(sieve, _Shelf(file))
-        if not (kept.entries if exact else sieve.differs):
-            raise nothing_to_graft(donor, sieve.total)
-        _complete(peft_model, kept, sieve.total, exact)
-        peft_model.save_pretrained(directory)
-        nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    donor_nbytes = pairs.nbytes[1]
-    if exact and theirs is not None and nbytes >= donor_nbytes:
-        warnings.warn(
-            f"patch should be smaller than the donor, got {nbytes:,} bytes, where the donor has {donor_nbytes:,} "
-            f"({kept.entries:,} of {sieve.total:,} entries differ). Keep the donor itself, or give a density.",
-            stacklevel=2,
-        )
-    return Extraction(target, kept.entries, sieve.total, nbytes, donor_nbytes)
+    _require_no_data(config, exact)
+    opened = _open(base, base_revision, config, token)
+    return _write(opened, config, exact, target, show_progress_bar)
 
 
 def task_of(model: nn.Module) -> str | None:
-    """Return PEFT's name of the task that a model's class is made for, None where it has no name for it."""
+    """Return PEFT's task type of a model's class, None if PEFT has none for it."""
     return next((task for task, classes in _TASKS.items() if type(model).__name__ in classes.values()), None)
 
 
-def _checked(config: GraftConfig, exact: bool) -> GraftConfig:
-    """A copy of the configuration, if it can be followed without a model."""
-    if not isinstance(config.donor, str | os.PathLike):
+def _require_files(donor: object) -> None:
+    if not isinstance(donor, str | os.PathLike):
         raise DonorError(
-            f"donor must be a directory, a Hub id or 'zeros', got {type(config.donor).__name__}. "
-            "A model in memory is grafted by get_peft_model(base, config)."
+            f"donor must be a directory, a Hub id or 'zeros', got {type(donor).__name__}. "
+            "A model in memory is grafted by get_peft_model(base, GraftConfig(donor=model, ...))."
         )
+
+
+def _require_no_data(config: GraftConfig, exact: bool) -> None:
+    """Refuse a configuration that cannot be followed without a model and data."""
     if exact:
         if config.density is not None or config.num_params is not None or config.alpha != 1:
             raise SelectionError(
@@ -165,67 +184,128 @@ def _checked(config: GraftConfig, exact: bool) -> GraftConfig:
             f"selection must need no data here, got {config.selection!r} with alpha={config.alpha!r}. Use 'magnitude' "
             "and a number, or load the base and call peft_graft.initialize_graft(model, dataloader)."
         )
-    config = copy.deepcopy(config)  # PEFT extends its lists in place
-    config.donor = os.fspath(config.donor)
-    return config
 
 
-def _with_empty_adapter(model: nn.Module, config: GraftConfig, revision: str | None) -> PeftModel:
-    config.fingerprint = {}  # as a saved adapter has one: the patch comes from elsewhere
-    return get_peft_model(model, config, revision=revision)
+class _Opened(NamedTuple):
+    """A base and a donor in files, and the base's model without values that has an empty adapter."""
+
+    peft_model: PeftModel
+    donor: Donor
+    pairs: Pairs
 
 
-def _pairs(tuner: GraftModel, ours: ModelView, theirs: ModelView | None) -> Pairs:
-    """What is targeted, as it stands in the files."""
+def _open(
+    base: str | os.PathLike[str], base_revision: str | None, config: GraftConfig, token: str | bool | None
+) -> _Opened:
+    base_files = CheckpointDonor(base, base_revision, role="base", token=token)
+    open_donor(config.donor, config.donor_revision, token)  # before its configuration: these errors name the donor
+    is_zeros = config.donor == ZerosDonor.name
+    like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
+    model = build_skeleton(base, base_revision, like, token=token)
+    base_view = ModelView(base_files, model)
+    config.task_type = config.task_type or task_of(model)
+    config.fingerprint = {}  # marks the adapter as a saved one, so that no patch is made now
+    peft_model = get_peft_model(model, config, revision=base_revision)
+    tuner: GraftModel = peft_model.base_model
+    donor = tuner.open_donor(_ADAPTER, token)
+    donor_view = donor if isinstance(donor, ModelView) else None
+    pairs = _pair_targets(tuner, base_view, donor_view)
+    _fill_modules_to_save(tuner.model, base_view, donor_view)
+    return _Opened(peft_model, donor, pairs)
+
+
+def _pair_targets(tuner: GraftModel, base_view: ModelView, donor_view: ModelView | None) -> Pairs:
+    """Return a reader of the targeted tensors in both checkpoints."""
     targets = tuner.targets(_ADAPTER)
     extents = []
-    for view in (ours, theirs):
+    for view in (base_view, donor_view):
         if view is not None:
             names = tuner.donor_names(_ADAPTER, view)
             extents.append({name: view.extents(names[name]) for name in targets})
     dtypes = {name: layer.base_parameter(param).dtype for name, (layer, param) in targets.items()}
-    return Pairs(extents[0], extents[1] if theirs is not None else None, dtypes)
+    return Pairs(extents[0], extents[1] if donor_view is not None else None, dtypes)
 
 
-def _fill_heads(model: nn.Module, ours: ModelView, theirs: ModelView | None) -> None:
-    """Give the modules to save the donor's values, or the base's where the donor lacks them."""
+def _fill_modules_to_save(model: nn.Module, base_view: ModelView, donor_view: ModelView | None) -> None:
+    """Give the modules to save the donor's values, or the base's if the donor lacks them."""
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or _ADAPTER not in module.modules_to_save:
             continue
-        head = module.modules_to_save[_ADAPTER]
-        wanted = {f"{key}.{name}": tuple(value.shape) for name, value in head.named_parameters()}
-        view = theirs if theirs is not None and wanted.keys() <= {*theirs.names()} else ours
+        copied = module.modules_to_save[_ADAPTER]
+        wanted = {f"{key}.{name}": tuple(value.shape) for name, value in copied.named_parameters()}
+        view = donor_view if donor_view is not None and wanted.keys() <= {*donor_view.names()} else base_view
         names = resolve_names(wanted, view)
         loaded = module.original_module.state_dict()
         values = {
-            # Through the dtype of the base, as a copy of the base's module that is given these values would be.
+            # Rounded to the base's dtype first, as a copy of the base's own module would be.
             name: view.get(names.get(f"{key}.{name}", f"{key}.{name}")).to(loaded[name].dtype).to(empty.dtype)
-            for name, empty in head.state_dict().items()
+            for name, empty in copied.state_dict().items()
         }
-        head.load_state_dict(values, assign=True)
+        copied.load_state_dict(values, assign=True)
 
 
-class _Shelf:
-    """Tensors in a file until all are needed together; then mapped, so that they need not fit in memory."""
+def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:
+    """Select the entries and write the adapter."""
+    pairs = opened.pairs
+    sieve = Sieve(
+        pairs,
+        None if exact else get_rule(config.selection),
+        density=config.density,
+        num_params=config.num_params,
+        scope=config.scope,
+        granularity=config.granularity,
+        seed=config.seed,
+    )
+    # The configuration is put in place last: until then, the old one refuses the new tensors.
+    with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
+        total, disable = sum(pairs.nbytes) * sieve.passes, not show_progress_bar
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
+            pairs.progress = bar.update
+            packed = _encode(sieve, _SpillFile(file))
+        if not (packed.entries if exact else sieve.differs):
+            raise nothing_to_graft(opened.donor, sieve.total)
+        _install(opened.peft_model, packed, sieve.total, exact)
+        opened.peft_model.save_pretrained(directory)
+        nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    donor_nbytes = pairs.nbytes[1]
+    if exact and 0 < donor_nbytes <= nbytes:
+        warnings.warn(
+            f"patch should be smaller than the donor, got {nbytes:,} bytes, where the donor has {donor_nbytes:,} "
+            f"({packed.entries:,} of {sieve.total:,} entries differ). Keep the donor itself, or give a density.",
+            stacklevel=3,
+        )
+    return ExtractResult(target, packed.entries, sieve.total, nbytes, donor_nbytes)
+
+
+class _Slice(NamedTuple):
+    """Location of a tensor in a spill file."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class _SpillFile:
+    """Hold tensors in a file until all of them are needed, then map them, so that they need not fit in memory."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._end = 0
 
-    def put(self, tensor: torch.Tensor) -> _Place:
-        """Write a tensor; what is returned gets it back."""
-        place = self._end
-        self._file.seek(place)
+    def put(self, tensor: torch.Tensor) -> _Slice:
+        """Write a tensor and return its location."""
+        offset = self._end
+        self._file.seek(offset)
         self._file.write(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
         self._end += -(-tensor.nbytes // 8) * 8
-        return place, tensor.dtype, tensor.shape
+        return _Slice(offset, tensor.dtype, tensor.shape)
 
-    def get_all(self, places: dict[str, _Place]) -> dict[str, torch.Tensor]:
-        """Map tensors."""
+    def map_all(self, slices: dict[str, _Slice]) -> dict[str, torch.Tensor]:
+        """Return tensors that read from the file when they are used."""
         self._file.flush()
-        return {name: self._get(*place) for name, place in places.items()}
+        return {name: self._map(*where) for name, where in slices.items()}
 
-    def _get(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    def _map(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         if not shape.numel():
             return torch.empty(shape, dtype=dtype)
         mapped = np.memmap(self._file, np.uint8, mode="r+", offset=offset, shape=shape.numel() * dtype.itemsize)
@@ -233,41 +313,42 @@ class _Shelf:
 
 
 @dataclass
-class _Kept:
-    """What a patch is made of, on the shelf."""
+class _PackedPatch:
+    """A patch as its file holds it, and the base's values at its entries; both in a spill file."""
 
-    packed: dict[str, torch.Tensor]
-    base: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    base_values: dict[str, torch.Tensor]
     entries: int
 
 
-def _take(sieve: Sieve, shelf: _Shelf) -> _Kept:
-    packed: dict[str, _Place] = {}
-    base: dict[str, _Place] = {}
+def _encode(sieve: Sieve, spill: _SpillFile) -> _PackedPatch:
+    """Encode the selected entries tensor by tensor, several tensors at a time."""
+    tensors: dict[str, _Slice] = {}
+    base_values: dict[str, _Slice] = {}
     entries = 0
     workers = min(torch.get_num_threads(), MOST_WORKERS)
     with pool_of(workers) as pool:
-        for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers, _entries, _ROOM):
-            packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}
-            base[taken.name] = shelf.put(taken.base)
+        for taken, encoded in in_order(pool, _encode_one, sieve.taken(), 2 * workers, _count, _ENTRIES_IN_FLIGHT):
+            tensors |= {key: spill.put(tensor) for key, tensor in encoded.items()}
+            base_values[taken.name] = spill.put(taken.base)
             entries += taken.indices.numel()
-    return _Kept(shelf.get_all(packed), shelf.get_all(base), entries)
+    return _PackedPatch(spill.map_all(tensors), spill.map_all(base_values), entries)
 
 
-def _entries(taken: Taken) -> int:
+def _count(taken: Taken) -> int:
     return taken.indices.numel()
 
 
-def _coded(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:
+def _encode_one(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:
     return taken, Patch({taken.name: TensorPatch(taken.indices, taken.donor)}).to_tensors()
 
 
-def _complete(peft_model: PeftModel, kept: _Kept, eligible: int, exact: bool) -> None:
-    """Let PEFT's own way of saving find what was taken, so that nobody can tell how the adapter was made."""
+def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:
+    """Put the patch into the empty adapter, from where `save_pretrained` writes it like any other."""
     config, state = peft_model.peft_config[_ADAPTER], peft_model.base_model.states[_ADAPTER]
-    config.eligible, config.entries = eligible, kept.entries
-    config.fingerprint = Fingerprint.compute(kept.base).to_dict()
-    kept.base.clear()  # unmapped before the rest is read
+    config.eligible, config.entries = eligible, packed.entries
+    config.fingerprint = Fingerprint.compute(packed.base_values).to_dict()
+    packed.base_values.clear()  # unmapped before the rest is read
     if exact:
         config.provenance = {**(config.provenance or {}), "exact": True}
-    state.packed, state.awaits_file, state.ready = kept.packed, False, True
+    state.packed, state.awaits_file, state.ready = packed.tensors, False, True

@@ -1,8 +1,7 @@
-"""What a saved adapter is made of: its bytes, where its entries are, and where it comes from; no model is loaded."""
+"""Show the bytes of a saved adapter, the place of its entries and its origin, without loading a model."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from ..analysis.localization import Place, locate
 from ..checkpoints.donor import CheckpointDonor, Extent
 from ..patch.index_codec import CODECS
 from ..patch.patch import PatchError, parse_file_key
-from .format import size, table
 
-_ORIGIN = (
+# The fields of the configuration that say how an adapter was made, in the order in which they are shown.
+ORIGIN_FIELDS = (
     "base_model_name_or_path",
     "revision",
     "base_model_type",
@@ -39,21 +38,21 @@ _ORIGIN = (
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
-    """What a saved adapter is made of.
+class InspectResult:
+    """Contents and origin of a saved adapter.
 
     Attributes:
         source: Directory or Hub id.
-        nbytes: Bytes of the tensors' file: "header", "indices", "values", "heads" (modules stored whole) and "training"
-            (logits of a mask in training); they add up to the size of the file.
-        entries: Entries of the patch.
-        eligible: Entries that might have been taken, None where that is not on record.
-        tensors: Patched tensors.
-        dtypes: How many tensors have values of which dtype.
-        codecs: How many tensors have their indices coded in which way.
+        nbytes: Bytes of the tensors' file by purpose: "header", "indices", "values", "modules_to_save" (stored whole)
+            and "training" (logits of a mask in training). They add up to the size of the file.
+        entries: Number of entries of the patch.
+        eligible: Number of entries that the budget is a share of, None if it is not on record.
+        tensors: Number of patched tensors.
+        dtypes: Number of tensors by the dtype of their values.
+        codecs: Number of tensors by the code of their indices.
         place: Entries by layer and kind of module.
         origin: The fields of the configuration that say how the adapter was made.
-        fingerprint: The base's fingerprint, without its samples.
+        fingerprint: Fingerprint of the base, without its samples.
     """
 
     source: str
@@ -69,20 +68,20 @@ class Anatomy:
 
     @property
     def bytes_per_entry(self) -> float:
-        """Bytes for each entry, the header and the indices included, modules stored whole not."""
-        whole = self.nbytes["heads"] + self.nbytes["training"]
+        """Bytes of the file per entry of the patch, with header and indices, without modules stored whole."""
+        whole = self.nbytes["modules_to_save"] + self.nbytes["training"]
         return (sum(self.nbytes.values()) - whole) / max(self.entries, 1)
 
     def by_layer(self) -> dict[str, int]:
-        """Return entries by layer, from the first to the last, and at the end of what is in none."""
+        """Return the number of entries by layer, from the first to the last; entries outside of layers come last."""
         return dict(zip(self.place.layers, _sums(self.place.counts, 1), strict=True))
 
     def by_module(self) -> dict[str, int]:
-        """Return entries by kind of module."""
+        """Return the number of entries by kind of module."""
         return dict(zip(self.place.modules, _sums(self.place.counts, 0), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, for JSON; `cells` has the entries by layer and, in each, by kind of module."""
+        """Return everything for JSON; `cells` has the entries by layer and, in each layer, by kind of module."""
         cells = {
             layer: {
                 module: int(count) for module, count in zip(self.place.modules, row, strict=True) if not np.isnan(count)
@@ -105,73 +104,48 @@ class Anatomy:
             **self.origin,
         }
 
-    def to_text(self) -> str:
-        """Return everything that a person wants to see at once."""
-        total = sum(self.nbytes.values())
-        whole = " without the heads" if self.nbytes["heads"] else ""
-        share = f", 1 in {self.eligible / self.entries:,.0f} of {self.eligible:,}" if self.eligible else ""
-        facts = [
-            ("adapter", self.source),
-            ("entries", f"{self.entries:,} in {self.tensors} tensors{share}"),
-            ("bytes", f"{size(total)}, {self.bytes_per_entry:.2f} an entry{whole}"),
-            ("values", _counted(self.dtypes)),
-            ("indices", _counted(self.codecs)),
-            *((key, _short(value)) for key, value in self.origin.items() if value is not None),
-            ("fingerprint", _short(self.fingerprint)),
-        ]
-        parts = [
-            "\n".join(f"{key:<24} {value}" for key, value in facts),
-            table(
-                ("bytes of", "bytes", "share", "an entry"),
-                [
-                    (part, f"{count:,}", f"{count / total:.1%}", f"{count / max(self.entries, 1):.2f}")
-                    for part, count in self.nbytes.items()
-                    if count
-                ],
-            ),
-            _counts("layer", self.by_layer(), self.entries),
-            _counts("module", self.by_module(), self.entries),
-        ]
-        return "\n\n".join(parts)
 
-
-def read_anatomy(source: str | os.PathLike[str], revision: str | None = None) -> Anatomy:
-    """Look into a saved adapter. Only the headers of its tensors are read, and none of its values.
+def inspect(
+    adapter: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> InspectResult:
+    """Read the contents and the origin of a saved adapter from its configuration and the header of its tensors' file.
 
     Args:
-        source: An adapter's directory, or a Hub id, of which only the adapter's two files are fetched.
-        revision: Branch, tag or commit of a Hub id.
+        adapter: Directory of the adapter, or a Hub id, of which only the adapter's two files are fetched.
+        revision: Branch, tag or commit of an adapter on the Hub.
+        token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
 
     Returns:
-        What it is made of.
+        Bytes, entries and origin.
 
     Raises:
-        PatchError: There is no graft at `source`, or its file is malformed.
-        OSError: The repository cannot be read.
+        PatchError: `adapter` holds no graft, or its file is malformed.
+        OSError: The directory does not exist, or the repository cannot be read.
     """
-    directory = fetch_adapter(source, revision)
+    directory = fetch_adapter(adapter, revision, token)
     saved = read_saved(directory)
     if saved is None:
         raise PatchError(
             f"adapter must be a directory or repository with a graft's {CONFIG_FILE} and {WEIGHTS_FILE}, got "
-            f"{os.fspath(source)!r}. Write one with model.save_pretrained or peft-graft extract."
+            f"{os.fspath(adapter)!r}. Write one with model.save_pretrained or peft-graft extract."
         )
     weights = directory / WEIGHTS_FILE
     file = CheckpointDonor(weights, role="adapter")
     extents = {name: file.extent(name) for name in file.names()}
     counts = {name: torch.empty(count, device="meta") for name, count in saved.counts.items()}
-    fingerprint = saved.config.get("fingerprint") or {}
-    return Anatomy(
-        os.fspath(source),
-        _bytes(extents, weights.stat().st_size),
-        sum(saved.counts.values()),
-        saved.config.get("eligible"),
-        len(saved.counts),
-        dict(Counter(_dtype(extents[key]) for key in extents if _kind(key) == "values")),
-        _codecs(weights, [extents[key] for key in extents if _kind(key) == "indices"]),
-        locate(counts),
-        {key: saved.config.get(key) for key in _ORIGIN},
-        {key: fingerprint[key] for key in ("dtype", "sha256", "count") if key in fingerprint},
+    fields = {**saved.config, **saved.record}
+    fingerprint = fields.get("fingerprint") or {}
+    return InspectResult(
+        source=os.fspath(adapter),
+        nbytes=_count_bytes(extents, weights.stat().st_size),
+        entries=sum(saved.counts.values()),
+        eligible=fields.get("eligible"),
+        tensors=len(saved.counts),
+        dtypes=dict(Counter(_dtype_name(extents[key]) for key in extents if _kind(key) == "values")),
+        codecs=_count_codecs(weights, [extents[key] for key in extents if _kind(key) == "indices"]),
+        place=locate(counts),
+        origin={key: fields.get(key) for key in ORIGIN_FIELDS},
+        fingerprint={key: fingerprint[key] for key in ("dtype", "sha256", "count") if key in fingerprint},
     )
 
 
@@ -180,20 +154,20 @@ def _kind(key: str) -> str | None:
     return None if parsed is None else parsed[2]
 
 
-def _bytes(extents: dict[str, Extent], whole: int) -> dict[str, int]:
-    """Bytes by purpose. Tensors follow each other without gaps, so each ends where the next one begins."""
+def _count_bytes(extents: dict[str, Extent], file_size: int) -> dict[str, int]:
+    """Return the bytes by purpose. Tensors follow each other without gaps, so each ends where the next one begins."""
     ordered = sorted(extents, key=lambda key: (extents[key].offset, key))
-    ends = [*(extents[key].offset for key in ordered[1:]), whole]
-    found = {"header": extents[ordered[0]].offset if ordered else whole}
-    found |= dict.fromkeys(("indices", "values", "heads", "training"), 0)
+    ends = [*(extents[key].offset for key in ordered[1:]), file_size]
+    found = {"header": extents[ordered[0]].offset if ordered else file_size}
+    found |= dict.fromkeys(("indices", "values", "modules_to_save", "training"), 0)
     for key, end in zip(ordered, ends, strict=True):
         kind = _kind(key)
-        purpose = "heads" if kind is None else kind if kind in found else "training"
+        purpose = "modules_to_save" if kind is None else kind if kind in found else "training"
         found[purpose] += end - extents[key].offset
     return found
 
 
-def _codecs(weights: Path, extents: list[Extent]) -> dict[str, int]:
+def _count_codecs(weights: Path, extents: list[Extent]) -> dict[str, int]:
     with weights.open("rb") as file:
         names: Counter[str] = Counter()
         for extent in extents:
@@ -203,23 +177,9 @@ def _codecs(weights: Path, extents: list[Extent]) -> dict[str, int]:
     return dict(names)
 
 
-def _dtype(extent: Extent) -> str:
+def _dtype_name(extent: Extent) -> str:
     return str(extent.dtype).removeprefix("torch.")
 
 
 def _sums(counts: np.ndarray[Any, np.dtype[np.float64]], axis: int) -> list[int]:
     return [int(total) for total in np.nansum(counts, axis=axis)]
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({count} tensors)" for name, count in sorted(counts.items())) or "none"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _counts(what: str, counts: dict[str, int], entries: int) -> str:
-    rows = [(name, f"{count:,}", f"{count / max(entries, 1):.1%}") for name, count in counts.items()]
-    return table((what, "entries", "share"), rows)

@@ -1,4 +1,4 @@
-"""To the Hub: the full card of a saved adapter, with pictures, and publishing a directory in one commit."""
+"""Publish a saved adapter on the Hub in one commit, with a complete card and its pictures."""
 
 from __future__ import annotations
 
@@ -32,21 +32,23 @@ def write_card(
     recovery: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write the card of a saved adapter with what was measured and, where matplotlib is installed, its pictures.
+    """Write the card of a saved adapter with its measurements and, if matplotlib is installed, its pictures.
 
-    `save_pretrained` has written a card already; what people changed in it is kept.
+    `save_pretrained` writes a card without these. Changes that people made in the card are kept.
 
     Args:
-        directory: An adapter's directory.
-        metrics: What was measured on this adapter, as `peft_graft.card.refresh_card` takes it, or the JSON file of it.
-        recovery: Arguments of `peft_graft.plots.density_recovery`, where the curve was measured.
-        repo_id: Where it will be published, for the loading snippet.
+        directory: Directory of an adapter.
+        metrics: Measurements of this adapter, as `peft_graft.adapter_files.refresh_card` takes them, or the path of a
+            JSON file that holds them.
+        recovery: Arguments of `peft_graft.analysis.plots.density_recovery`, if the curve was measured.
+        repo_id: Repository where the adapter will be published, for the code that loads it.
 
     Returns:
         Path of the card.
 
     Raises:
         ValueError: The directory holds no finished graft.
+        OSError: The file of the measurements does not exist.
     """
     return _write_card(_require_graft(Path(directory)), metrics, recovery, repo_id)
 
@@ -78,8 +80,8 @@ def _write_card(
 
 
 def push(
-    directory: str | os.PathLike[str],
     repo_id: str,
+    directory: str | os.PathLike[str],
     *,
     private: bool | None = None,
     revision: str | None = None,
@@ -90,18 +92,18 @@ def push(
 ) -> CommitInfo:
     """Publish a saved adapter: its two files, its card and the card's pictures, in one commit.
 
-    The directory stays as it is. What is uploaded names no local paths; a README.md that was edited on the Hub keeps
+    The directory is not changed. Local paths are left out of the upload. A README.md that was edited on the Hub keeps
     its text, unless the one in the directory was edited too.
 
     Args:
-        directory: An adapter's directory; other files in it are not uploaded.
         repo_id: `owner/name`; created if it does not exist.
-        private: Whether the repository is private. Default: the owner's default for new ones.
+        directory: Directory of the adapter; other files in it are not uploaded.
+        private: Whether the repository is private. Default: the owner's default for new repositories.
         revision: Branch, created if it does not exist.
-        commit_message: Default "Upload graft with peft-graft".
+        commit_message: Message of the commit. Default: "Upload graft with peft-graft".
         create_pr: Open a pull request instead of committing.
-        token: Token with write access. Default: the one that `hf auth login` stored, or HF_TOKEN; False for none.
-        metrics: As in `write_card`.
+        token: Token with write access. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        metrics: Measurements for the card, as in `write_card`.
 
     Returns:
         The commit.
@@ -109,7 +111,7 @@ def push(
     Raises:
         ValueError: The directory holds no finished graft, or the repository exists and is not as private as asked.
         PatchError: The patch is damaged.
-        HfHubHTTPError: The Hub refuses, or cannot be reached; then nothing has changed there.
+        HfHubHTTPError: The Hub refuses or cannot be reached; then no file has changed there.
     """
     path = Path(directory)
     saved = _require_graft(path)
@@ -125,7 +127,7 @@ def push(
         try:
             _open_repository(api, repo_id, private, revision, create_pr)
             _keep_published_text(api, repo_id, revision, staging / CARD_FILE)
-            # Not upload_folder, which may make several commits: a reader must never see half an adapter.
+            # upload_folder may make several commits, between which a reader would see half an adapter.
             return api.create_commit(
                 repo_id,
                 [CommitOperationAdd(file.name, file) for file in sorted(staging.iterdir())],
@@ -136,7 +138,7 @@ def push(
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code in (401, 403):
                 error.append_to_message(
-                    "\nPublishing needs a token with write access: run `hf auth login`, set HF_TOKEN, or pass token=..."
+                    "\nPublishing needs a token with write access: run `hf auth login`, set HF_TOKEN, or pass a token."
                 )
             raise
 
@@ -152,7 +154,7 @@ def _open_repository(api: HfApi, repo_id: str, private: bool | None, revision: s
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         except HfHubHTTPError as error:
-            # Who may only propose changes cannot create a branch, and does not need to where it exists.
+            # Whoever may only open pull requests cannot create a branch, and needs none if the branch exists.
             if not create_pr or error.response is None or error.response.status_code != 403:
                 raise
 
@@ -167,7 +169,7 @@ def _keep_published_text(api: HfApi, repo_id: str, revision: str | None, path: P
 
 
 def _pictures(directory: Path) -> list[str]:
-    """Pictures beside the card that it shows."""
+    """Return the names of the pictures that the card in a directory shows."""
     card = directory / CARD_FILE
     shown = re.findall(r"!\[[^\]]*\]\(([\w.-]+\.png)\)", card.read_text(encoding="utf-8")) if card.is_file() else []
     return sorted({name for name in shown if (directory / name).is_file()})
@@ -189,5 +191,5 @@ def _no_graft(directory: Path) -> ValueError:
     found = sorted(file.name for file in directory.iterdir())[:5] if directory.is_dir() else "no directory"
     return ValueError(
         f"directory must hold a saved graft ({CONFIG_FILE} and {WEIGHTS_FILE}), got {found!r} in {str(directory)!r}. "
-        "Write one with model.save_pretrained(...)."
+        "Write one with model.save_pretrained(...) or peft-graft extract; the repository comes before the directory."
     )

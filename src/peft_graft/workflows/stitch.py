@@ -1,4 +1,4 @@
-"""From several adapters in files to the one that combines them, without the values of their base in memory."""
+"""Combine several saved adapters into one, without loading the values of their base."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..patch.combine import stitch_problems
 from ..patch.patch import PatchError
 from ..tuner import GraftModel
 from ..tuner.weighted import combine, head_problems
-from .adapter_on_base import StoredGraft
+from .adapter_on_base import AdapterOnBase
 
 _ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Stitched:
-    """What `stitch_adapters` has written.
+class StitchResult:
+    """Adapter written by `stitch`.
 
     Attributes:
-        directory: Where the adapter is.
-        entries: Entries of its patch.
-        conflicts: Entries that more than one of the adapters take.
-        nbytes: Size of its tensors' file.
+        directory: Directory of the adapter.
+        entries: Number of entries of its patch.
+        conflicts: Number of entries that more than one of the adapters take.
+        nbytes: Size of the tensors' file.
     """
 
     directory: Path
@@ -39,145 +39,155 @@ class Stitched:
     nbytes: int
 
 
-def stitch_adapters(
+def stitch(
     adapters: Sequence[str | os.PathLike[str]],
     output_dir: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    combination: str = "linear",
+    combination_type: str = "linear",
     base: str | os.PathLike[str] | None = None,
     base_revision: str | None = None,
     modules_to_save_from: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
     overwrite: bool = False,
-) -> Stitched:
+) -> StitchResult:
     """Write the adapter that `model.add_weighted_adapter(adapters, weights, ...)` would give, from files alone.
 
-    Each adapter counts with its own alpha, times its weight, and is checked against the base's values.
+    The scale of each adapter is its own alpha times its weight. Each adapter is checked against the base's values.
 
     Args:
         adapters: Directories or Hub ids of grafts of one base, at least one; `id@revision` for a branch, tag or commit.
-        output_dir: The new adapter's directory; it appears when the adapter is whole.
-        weights: A finite number for each; 1 by default.
-        combination: A name in `COMBINATIONS`.
-        base: The base's directory or Hub id; by default the one that the adapters name.
+        output_dir: Directory of the new adapter; it appears when the adapter is complete.
+        weights: A finite number for each adapter. Default: 1.
+        combination_type: A name in `peft_graft.patch.combinations.COMBINATIONS`.
+        base: Directory or Hub id of the base. Default: the base that the adapters name.
         base_revision: Branch, tag or commit of a base on the Hub.
-        modules_to_save_from: Which of the adapters to take task heads from, needed where theirs differ.
+        modules_to_save_from: The adapter whose modules to save are taken; needed if theirs differ.
+        token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
         overwrite: Replace an adapter that is in `output_dir` already.
 
     Returns:
-        What was written.
+        The new adapter's directory, entries and conflicts.
 
     Raises:
         PatchError: An adapter is no finished graft or belongs to another base, or values overflow.
-        ValueError: One message for all arguments that are wrong; or no entry is left.
+        ValueError: Arguments are wrong (one message for all of them), or no entry is left.
         FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set.
         DonorError: The base cannot be read.
-        OSError: There is no such adapter or base.
+        OSError: An adapter or the base does not exist.
     """
     target = Path(output_dir)
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
-    given = [os.fspath(adapter) for adapter in adapters]
-    weights = [1.0] * len(given) if weights is None else list(weights)
-    problems = list(stitch_problems(len(given), weights, combination))
-    if not given:
-        problems.append("adapters must be at least one, got none. Give directories or Hub ids.")
+    paths = [os.fspath(adapter) for adapter in adapters]
+    weights = [1.0] * len(paths) if weights is None else list(weights)
     wanted = None if modules_to_save_from is None else os.fspath(modules_to_save_from)
-    if wanted is not None and _place(wanted) not in map(_place, given):
-        problems.append(f"modules_to_save_from must be one of the adapters, got {wanted!r}. Choose from {given}.")
-    if problems:
-        raise ValueError(" ".join(problems))
-    grafts = dict(zip(_names(given), [_open(each, base, base_revision) for each in given], strict=True))
+    _require_arguments(paths, weights, combination_type, wanted)
+    opened = [_open(path, base, base_revision, token) for path in paths]
+    grafts = dict(zip(_adapter_names(paths), opened, strict=True))
     _require_one_base(grafts)
-    names = dict(zip(map(_place, given), grafts, strict=True))
-    chosen = None if wanted is None else names[_place(wanted)]
-    source = _head_source(grafts, chosen)
-    model = _together(grafts, source)
+    names = dict(zip(map(_real_path, paths), grafts, strict=True))
+    chosen = None if wanted is None else names[_real_path(wanted)]
+    source = _modules_to_save_source(grafts, chosen)
+    model = _load_together(grafts, source)
     tuner: GraftModel = model.base_model
-    tuner.adopt(
-        _ADAPTER, *combine(tuner, list(grafts), weights, _ADAPTER, combination, chosen or source, _base_of(grafts))
-    )
+    read_base, taken_from = _base_reader(grafts), chosen or source
+    tuner.adopt(_ADAPTER, *combine(tuner, list(grafts), weights, _ADAPTER, combination_type, taken_from, read_base))
     config = tuner.peft_config[_ADAPTER]
     config.provenance = {**(config.provenance or {}), "modules_to_save_from": chosen}
     with atomic_directory(target, last=CONFIG_NAME) as directory:
         model.save_pretrained(directory, selected_adapters=[_ADAPTER])
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    return Stitched(target, config.entries or 0, (config.provenance or {})["conflicts"], nbytes)
+    return StitchResult(target, config.entries or 0, (config.provenance or {})["conflicts"], nbytes)
 
 
-def _names(adapters: Sequence[str]) -> list[str]:
-    """The last part of each path, told apart by a number where several have the same."""
+def _require_arguments(
+    paths: Sequence[str], weights: Sequence[float], combination_type: str, wanted: str | None
+) -> None:
+    problems = list(stitch_problems(len(paths), weights, combination_type))
+    if not paths:
+        problems.append("adapters must be at least one, got none. Give directories or Hub ids.")
+    if wanted is not None and _real_path(wanted) not in map(_real_path, paths):
+        problems.append(f"modules_to_save_from must be one of the adapters, got {wanted!r}. Choose from {paths}.")
+    if problems:
+        raise ValueError(" ".join(problems))
+
+
+def _adapter_names(adapters: Sequence[str]) -> list[str]:
+    """Return the last part of each path, followed by a number if another adapter has the same name."""
     found: list[str] = []
     for adapter in adapters:
         stem = name = Path(os.path.abspath(adapter)).name.replace(".", "_")
         number = 1
-        while name in (*found, _ADAPTER) or hasattr(nn.ModuleDict, name):  # which keeps adapters as attributes
+        while name in (*found, _ADAPTER) or hasattr(nn.ModuleDict, name):  # a ModuleDict holds adapters as attributes
             number += 1
             name = f"{stem}-{number}"
         found.append(name)
     return found
 
 
-def _place(adapter: str) -> str:
-    """A directory however its path is written, a Hub id as it is."""
+def _real_path(adapter: str) -> str:
+    """Return the same string for every spelling of a directory's path; a Hub id is returned unchanged."""
     return os.path.realpath(adapter) if Path(adapter).exists() else adapter
 
 
-def _open(adapter: str, base: str | os.PathLike[str] | None, base_revision: str | None) -> StoredGraft:
+def _open(
+    adapter: str, base: str | os.PathLike[str] | None, base_revision: str | None, token: str | bool | None
+) -> AdapterOnBase:
     if Path(adapter).exists() or "@" not in adapter:
-        return StoredGraft(adapter, base, base_revision)
+        return AdapterOnBase(adapter, base, base_revision, token=token)
     repo_id, _, revision = adapter.rpartition("@")
-    return StoredGraft(repo_id, base, base_revision, revision)
+    return AdapterOnBase(repo_id, base, base_revision, revision, token)
 
 
-def _require_one_base(grafts: Mapping[str, StoredGraft]) -> None:
+def _require_one_base(grafts: Mapping[str, AdapterOnBase]) -> None:
     bases = {name: (graft.base, graft.base_revision) for name, graft in grafts.items()}
     classes = {name: type(graft.model).__name__ for name, graft in grafts.items()}
-    if len({(_place(base), revision) for base, revision in bases.values()}) > 1:
+    if len({(_real_path(base), revision) for base, revision in bases.values()}) > 1:
         named = {name: base if revision is None else f"{base}@{revision}" for name, (base, revision) in bases.items()}
         raise PatchError(f"adapters must be of one base, got {named}. If these are the same, give one of them as base.")
     if len({*classes.values()}) > 1:
         raise PatchError(f"adapters must be for one task, got {classes}. Make them with the same task_type.")
 
 
-def _head_source(grafts: Mapping[str, StoredGraft], chosen: str | None) -> str | None:
-    """The adapter whose modules to save are taken; None where none has any."""
-    holders = [name for name, graft in grafts.items() if graft.heads]
+def _modules_to_save_source(grafts: Mapping[str, AdapterOnBase], chosen: str | None) -> str | None:
+    """Return the adapter whose modules to save are taken, None if no adapter has any."""
+    holders = [name for name, graft in grafts.items() if graft.modules_to_save]
     if not holders:
         return None
     if chosen is not None and chosen not in holders:
         raise ValueError(f"modules_to_save_from must have modules to save, got {chosen!r}. Choose from {holders}.")
     if chosen is not None:
         return chosen
-    first = grafts[holders[0]].heads
+    first = grafts[holders[0]].modules_to_save
     for name in holders[1:]:
-        other = grafts[name].heads
+        other = grafts[name].modules_to_save
         if first.keys() != other.keys() or not all(torch.equal(first[key], other[key]) for key in first):
             raise ValueError(" ".join(head_problems(holders, chosen, sorted({*first, *other}))))
     return holders[0]
 
 
-def _together(grafts: Mapping[str, StoredGraft], source: str | None) -> PeftModel:
-    """A model without values that holds all the adapters, and the modules to save of one."""
+def _load_together(grafts: Mapping[str, AdapterOnBase], source: str | None) -> PeftModel:
+    """Return a model without values that holds all adapters, and the modules to save of one of them."""
     for graft in grafts.values():
-        graft.config.base_model_name_or_path = graft.base  # which may have moved
+        graft.config.base_model_name_or_path = graft.base  # the base may have moved
     first, *others = grafts
-    skeleton = grafts[first].skeleton(None if source is None else grafts[source].labels)
+    skeleton = grafts[first].build_model(None if source is None else grafts[source].num_labels)
     model = get_peft_model(skeleton, grafts[first].config, adapter_name=first)
     for name in others:
         model.add_adapter(name, grafts[name].config)
     tuner: GraftModel = model.base_model
-    _require_heads(model.base_model.model, grafts, source)
+    _require_modules_to_save(model.base_model.model, grafts, source)
     for name, graft in grafts.items():
         tuner.fill(name, graft.patch)
     for key, module in model.base_model.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            held = {name: value for name, value in grafts[str(source)].heads.items() if name.startswith(f"{key}.")}
-            values = {name.removeprefix(f"{key}."): value for name, value in held.items()}
+            prefix, stored = f"{key}.", grafts[str(source)].modules_to_save
+            values = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
             module.modules_to_save[source].load_state_dict(values, assign=True)
     return model
 
 
-def _require_heads(model: nn.Module, grafts: Mapping[str, StoredGraft], source: str | None) -> None:
+def _require_modules_to_save(model: nn.Module, grafts: Mapping[str, AdapterOnBase], source: str | None) -> None:
     """Refuse files in which tensors of modules to save are missing, or of which something would be left out."""
     wrappers = {key: module for key, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     wrong = []
@@ -188,11 +198,11 @@ def _require_heads(model: nn.Module, grafts: Mapping[str, StoredGraft], source: 
             if name in module.modules_to_save
             for param, value in module.modules_to_save[name].state_dict().items()
         }
-        for tensor in sorted({*wanted, *graft.heads}):
-            here, there = graft.heads.get(tensor), wanted.get(tensor)
+        for tensor in sorted({*wanted, *graft.modules_to_save}):
+            here, there = graft.modules_to_save.get(tensor), wanted.get(tensor)
             if here is None or there is None or here.is_floating_point() != there.is_floating_point():
                 wrong.append(f"{tensor!r} in {name!r}")
-            elif name == source and here.shape != there.shape:  # others may tell other classes apart
+            elif name == source and here.shape != there.shape:  # the others may have another number of classes
                 wrong.append(f"{tensor!r} in {name!r}")
     if wrong:
         raise PatchError(
@@ -201,15 +211,15 @@ def _require_heads(model: nn.Module, grafts: Mapping[str, StoredGraft], source: 
         )
 
 
-def _base_of(grafts: Mapping[str, StoredGraft]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """A function for the base's entries where any of the adapters has a patch."""
+def _base_reader(grafts: Mapping[str, AdapterOnBase]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return a function (name, flat indices) -> the base's values, for entries that any of the adapters patches."""
     known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for graft in grafts.values():
         for name, part in graft.patch.tensors.items():
             for alias in graft.aliases(name):
-                indices, values = known.get(alias, (part.indices[:0], graft.base_entries(name)[:0]))
+                indices, values = known.get(alias, (part.indices[:0], graft.base_values(name)[:0]))
                 indices, where = torch.cat([indices, part.indices]).unique(return_inverse=True)
-                both = torch.cat([values, graft.base_entries(name)])
+                both = torch.cat([values, graft.base_values(name)])
                 known[alias] = indices, torch.empty_like(both[: indices.numel()]).index_copy(0, where, both)
 
     def read(name: str, indices: torch.Tensor) -> torch.Tensor:

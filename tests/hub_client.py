@@ -121,6 +121,25 @@ def push(repo_id: str, directory: str, **options: Any) -> dict[str, Any]:
     return {"oid": info.oid, "pr": info.pr_revision}
 
 
+def files_verbs(base: str, donor: str, directory: str, token: str | None) -> list[int]:
+    """Run the verbs that read the Hub, on a base and a donor there; return what each has counted."""
+    import peft_graft
+
+    out = Path(directory)
+    options: dict[str, Any] = {"token": token, "overwrite": True}
+    made = peft_graft.extract(base, donor, out / "skill", density=0.05, **options)
+    merged = peft_graft.export(out / "skill", "checkpoint", out / "merged", **options)
+    both = peft_graft.stitch([out / "skill"], out / "both", **options)
+    return [made.entries, merged.carried, both.entries, peft_graft.diff(base, donor, token=token).total.entries]
+
+
+def inspect(adapter: str, token: str | None) -> int:
+    """`peft_graft.inspect`."""
+    import peft_graft
+
+    return peft_graft.inspect(adapter, token=token).entries
+
+
 def train_and_push(base: str, config: dict[str, Any], repo_id: str, directory: str, **options: Any) -> None:
     """Train a mask with a Trainer that pushes its checkpoints, and `Trainer.push_to_hub`."""
     from peft import get_peft_model

@@ -257,6 +257,22 @@ def test_private_means_private(world: World, saved: Path) -> None:
         world.writer("push", "me/public", str(saved), private=True)
 
 
+def test_a_token_reads_private_repositories(world: World, saved: Path, tmp_path: Path) -> None:
+    """Each verb hands it on to every download; the reader's process has none of its own."""
+    for name, files in (("base", contents(world.base)), ("donor", contents(world.base.parent / "donor"))):
+        world.hub.add(f"me/private-{name}", files)
+        world.hub.repositories[f"me/private-{name}"].private = True
+    world.writer("push", "me/private-skill", str(saved), private=True)
+    names = ("me/private-base", "me/private-donor")
+    with pytest.raises(ClientError):
+        world.reader("files_verbs", *names, str(tmp_path), None)
+    counts = world.reader("files_verbs", *names, str(tmp_path), "hf_me")
+    assert counts[0] == counts[1] == counts[2] > 0 and counts[3] > counts[0]
+    with pytest.raises(ClientError):
+        world.reader("inspect", "me/private-skill", None)
+    assert world.reader("inspect", "me/private-skill", "hf_me") > 0
+
+
 # When something breaks
 
 

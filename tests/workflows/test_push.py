@@ -155,7 +155,7 @@ def test_cache_serves_when_offline(world: World, skill: dict[str, Any]) -> None:
     assert len(world.hub.requests) == asked
 
 
-# push(directory)
+# push(repo_id, directory)
 
 
 def test_push_uploads_the_adapter_and_nothing_else(world: World, saved: Path) -> None:

@@ -38,8 +38,8 @@ def write_card(
 
     Args:
         directory: Directory of an adapter.
-        metrics: Measurements of this adapter, as `peft_graft.adapter_files.refresh_card` takes them, or the path of a
-            JSON file that holds them.
+        metrics: Measurements of this adapter, as `peft_graft.adapter_files.card.refresh_card` takes them, or the path
+            of a JSON file that holds them.
         recovery: Arguments of `peft_graft.analysis.plots.density_recovery`, if the curve was measured.
         repo_id: Repository where the adapter will be published, for the code that loads it.
 

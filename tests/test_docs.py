@@ -44,7 +44,6 @@ OLD_NAMES = {
     "budget_scope=": "scope=",
     "show_progress_bar=": "progress=",
     ".record.": ".",
-    'combination_type="ties", base=values': 'combination="ties", base=values',
 }
 
 

@@ -53,6 +53,12 @@ def as_it_stands(code: str, monkeypatch: pytest.MonkeyPatch) -> str:
         for verb, (module, function) in VERBS.items():
             found = getattr(importlib.import_module(f"peft_graft.workflows.{module}"), function)
             monkeypatch.setattr(peft_graft, verb, found, raising=False)
+
+        def extract(base: str, donor: str, output_dir: str, *, density: float | None = None, **options: bool) -> object:
+            function = importlib.import_module("peft_graft.workflows.extract").extract
+            return function(base, peft_graft.GraftConfig(donor=donor, density=density), output_dir, **options)
+
+        monkeypatch.setattr(peft_graft, "extract", extract)
     if "candidate_ratio" not in peft_graft.GraftConfig.__dataclass_fields__:
         for new, old in OLD_NAMES.items():
             code = code.replace(new, old)

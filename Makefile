@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(STAMP) ## Make a donor on the built-in task, graft its skill, reload it; offline, results in demo_out/
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/graft.py --output_dir demo_out $(DEMO_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/graft.py --output-dir demo_out $(DEMO_ARGS)
 
 app: $(VENV)/.app ## Explore the demo's donor in a browser (APP_ARGS="--base B --donor D --train T --validation V" for yours)
 	$(BIN)/python examples/app.py $(APP_ARGS)

@@ -1,12 +1,15 @@
-"""How many bytes an entry takes in an adapter's file, all in, beside the entropy bound and stock SHiRA.
+"""Measure the bytes of an entry in an adapter's file, against the entropy bound and stock SHiRA.
 
     python benchmarks/bytes_per_entry.py --out benchmarks/results/size/bytes_per_entry.csv
 
-The model has the shapes of GPT-2 small (124M parameters), in bfloat16. Entries are taken at random, so their positions
-cannot be foreseen and no code can be shorter than `bound`: the entropy of an entry's position, (log2(1/d) + 1.44) / 8
-bytes, and the 2 bytes of its value. `bytes` is the size of `adapter_model.safetensors`, header and all; `targets` says
-which modules may be patched: all but the embeddings (the default), or all. SHiRA is what `peft-graft export --to shira`
-makes of an adapter, which pads every layer to r(m + n) entries; it is divided by the entries it carries.
+The model has the shapes of GPT-2 small (124M parameters), in bfloat16. Entries are taken at random positions, so no
+code can be shorter than `bound`: the entropy of a position, (log2(1/d) + 1.44) / 8 bytes, and the 2 bytes of the
+value.
+
+- `bytes` is the size of `adapter_model.safetensors`, header included.
+- `targets` names the eligible modules: all but the embeddings (the default), or all.
+- SHiRA is the adapter that `peft-graft export --to shira` writes. It pads every layer to r(m + n) entries; its bytes
+  are divided by the entries of the patch that it holds.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ FILE = "adapter_model.safetensors"
 
 
 def bound(density: float) -> float:
-    """Bytes of an entry whose position is random: index and value."""
+    """Return the smallest possible bytes of an entry at a random position: index and value."""
     return (log2(1 / density) + 1.44) / 8 + 2
 
 
 def row(name: str, adapter: Path, targets: str, density: float) -> dict[str, Any]:
-    """What an adapter's file is made of."""
+    """Return one row of the csv file: the bytes of an adapter by part."""
     found = inspect(adapter)
     size = (adapter / FILE).stat().st_size
     parts = {part: f"{count / found.entries:.4f}" for part, count in found.nbytes.items()}
@@ -50,7 +53,7 @@ def row(name: str, adapter: Path, targets: str, density: float) -> dict[str, Any
 
 
 def gpt2(args: Any, folder: Path) -> list[dict[str, Any]]:
-    """Measure a model of 124M parameters."""
+    """Measure the shapes of GPT-2 small, 124M parameters."""
     base = GPT2Model(GPT2Config()).to(torch.bfloat16)
     donor = timing.donor_of(base)
     rows = []
@@ -67,7 +70,7 @@ def gpt2(args: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def shira(args: Any, folder: Path) -> dict[str, Any]:
-    """Measure what stock SHiRA takes for the same entries, on a model of Linear layers."""
+    """Measure stock SHiRA for the same entries, on a model of Linear layers."""
     sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
     base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=8)).to(torch.bfloat16)
     base.save_pretrained(folder / "base")
@@ -80,7 +83,7 @@ def shira(args: Any, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write adapters, and a row for each."""
+    """Write the adapters, and a row for each."""
     parser = timing.parser(__doc__, rounds=1)
     args = parser.parse_args()
     args.dtype = "bfloat16"

@@ -1,11 +1,12 @@
-"""How much of a donor's skill a patch keeps, by density, rule and alpha: the density-recovery curve.
+"""Measure how much of a donor's skill a patch keeps, by density, rule and alpha: the density-recovery curve.
 
     python benchmarks/density_recovery.py --donors out/sgd0 out/adamw0 --train train.jsonl --validation test.jsonl
 
-Each donor directory comes from `examples/make_donor.py` (base/, donor/, metrics.json); without --donors one is made on
-the embedded task. Mask and alpha are fitted on rows of --train that the donor never saw; --validation is only measured
-on. One csv per donor, one row per point, written as soon as it is known: a second run goes on where the first one
-stopped. `density_report.py` makes the table and the pictures.
+Each point is compared with its base and its donor on the same rows. Each donor directory comes from
+`examples/make_donor.py` (base/, donor/, metrics.json); without --donors one is made on the embedded task. Mask and
+alpha are fitted on rows of --train that the donor never saw; --validation only measures. The result is one csv file
+per donor with one row per point. Rows are written as soon as they are known, so that a second run continues where the
+first one stopped. `density_report.py` makes the table and the pictures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tasks
+from flags import Flags
 from graft import GraftArguments, batches, fit
 from make_donor import DonorArguments, make_donor
 from peft_graft import GraftConfig, fit_alpha, initialize_graft
@@ -45,7 +47,7 @@ class Bench:
     """One donor: its data, its scores, and the points measured so far.
 
     Args:
-        directory: What `make_donor.py` wrote.
+        directory: Output directory of `make_donor.py`.
         args: The flags.
     """
 
@@ -69,16 +71,17 @@ class Bench:
             with self.path.open(encoding="utf-8") as file:
                 self.done = {self._key(row) for row in csv.DictReader(file)}
         self.measured: dict[str, torch.Tensor] | None = None
-        logits, self.labels = tasks.predict(self._model("donor"), self.test, self.tokenizer)
+        logits, self.labels = tasks.predict(self.load("donor"), self.test, self.tokenizer)
         self.donor_predictions = logits.argmax(-1).tolist()
         self._write("donor", "", 1.0, 0, 1.0, logits, 0.0)
-        self._write("base", "", 0.0, 0, 0.0, tasks.predict(self._model("base"), self.test, self.tokenizer)[0], 0.0)
+        self._write("base", "", 0.0, 0, 0.0, tasks.predict(self.load("base"), self.test, self.tokenizer)[0], 0.0)
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[str, ...]:
         return (row["rule"], row["alpha_mode"], f"{float(row['density']):.1e}")
 
-    def _model(self, name: str) -> Any:
+    def load(self, name: str) -> Any:
+        """Load the model "base" or "donor", in evaluation mode."""
         return AutoModelForSequenceClassification.from_pretrained(self.directory / name).eval()
 
     def _write(
@@ -111,11 +114,10 @@ class Bench:
     def _record(self, model: Any, rule: str, mode: str, density: float, seconds: float) -> None:
         config = model.peft_config["default"]
         logits, _ = tasks.predict(model.eval(), self.test, self.tokenizer)
-        alpha = model.base_model.states["default"].alpha
-        self._write(rule, mode, density, config.entries, alpha, logits, seconds)
+        self._write(rule, mode, density, config.entries, config.alpha, logits, seconds)
 
     def point(self, rule: str, density: float, modes: list[str]) -> None:
-        """Measure one rule at one density, with alpha = 1 and fitted, where that is not known yet."""
+        """Measure one rule at one density for each mode of alpha ("1", "auto") that has no row yet."""
         modes = [mode for mode in modes if (rule, mode, f"{density:.1e}") not in self.done]
         if not modes:
             return
@@ -126,7 +128,7 @@ class Bench:
                     density=density, alpha=mode, seed=self.made["seed"], output_dir=str(self.path.parent / "tmp")
                 )
                 donor = str(self.directory / "donor")
-                model = fit(self._model("base"), donor, self.tokenizer, self.train, self.calibration, options)
+                model = fit(self.load("base"), donor, self.tokenizer, self.train, self.calibration, options)
                 self._record(model, rule, mode, density, time.perf_counter() - started)
             return
         started = time.perf_counter()
@@ -134,7 +136,7 @@ class Bench:
             donor=str(self.directory / "donor"), density=density, selection=rule, task_type="SEQ_CLS",
             seed=self.made["seed"],
         )  # fmt: skip
-        model = get_peft_model(self._model("base"), config)
+        model = get_peft_model(self.load("base"), config)
         if rule == "sigmoid":
             rows = self.train.select(range(self.args.sigmoid_rows))
             passes = batches(rows, self.tokenizer, 32)
@@ -159,7 +161,7 @@ class Bench:
 
 
 def embedded_donor(out: str) -> Path:
-    """Make the donor of the embedded task, once, and say where it is."""
+    """Make the donor of the embedded task unless it exists, and return its directory."""
     directory = Path(out) / "embedded_adamw0"
     if not (directory / "metrics.json").exists():
         make_donor(DonorArguments(optimizer="adamw", max_train_samples=2048, output_dir=str(directory)))
@@ -167,19 +169,23 @@ def embedded_donor(out: str) -> Path:
 
 
 def main() -> None:
-    """Measure all points that are not known yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure all points that have no row yet."""
+    parser = Flags(__doc__)
     parser.add_argument("--donors", nargs="+", type=Path, help="directories made by make_donor.py")
-    parser.add_argument("--train", default=tasks.DOCSTRINGS, help="what the donors were made from")
-    parser.add_argument("--validation", help="the file to measure on; nothing is fitted on it")
+    parser.add_argument(
+        "--train", default=tasks.DOCSTRINGS, help="training rows, the file that the donors were made from"
+    )
+    parser.add_argument("--validation", help="rows to measure on; nothing is fitted on them")
     parser.add_argument("--rules", nargs="+", default=list(RULES), help="rules to measure, in this order")
-    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="in this order")
+    parser.add_argument(
+        "--densities", nargs="+", type=float, default=list(DENSITIES), help="densities to measure, in this order"
+    )
     parser.add_argument("--alphas", nargs="+", default=["1", "auto"], help="'1', 'auto' or both")
-    parser.add_argument("--mask_rows", type=int, default=2048, help="rows that train a learned mask")
-    parser.add_argument("--calibration_rows", type=int, default=512, help="further rows, that fit alpha")
-    parser.add_argument("--score_rows", type=int, default=512, help="rows for path_taylor, of the mask's")
-    parser.add_argument("--sigmoid_rows", type=int, default=1024, help="rows in one pass of the published procedure")
-    parser.add_argument("--sigmoid_steps", type=int, default=5, help="passes of the published procedure")
+    parser.add_argument("--mask-rows", type=int, default=2048, help="rows that train a learned mask")
+    parser.add_argument("--calibration-rows", type=int, default=512, help="other rows that fit alpha")
+    parser.add_argument("--score-rows", type=int, default=512, help="how many of the mask's rows score path_taylor")
+    parser.add_argument("--sigmoid-rows", type=int, default=1024, help="rows in one pass of the published procedure")
+    parser.add_argument("--sigmoid-steps", type=int, default=5, help="passes of the published procedure")
     parser.add_argument("--out", default="benchmarks/out", help="directory for the csv files")
     args = parser.parse_args()
     benches = [Bench(directory, args) for directory in args.donors or [embedded_donor(args.out)]]

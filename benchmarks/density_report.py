@@ -1,14 +1,13 @@
-"""Table and pictures from the csv files of density_recovery.py.
+"""Make a table and pictures from the csv files of density_recovery.py.
 
     python benchmarks/density_report.py --csv out/*.csv --task "SST-2 on MiniLM" --picture docs/density_recovery
 
-prints a markdown table (mean over seeds; the spread is the standard deviation) and writes one picture per optimizer.
-With one donor's file, `--card DIR` draws its curve into the card of an adapter that `examples/graft.py` made of it.
+prints a Markdown table (mean and standard deviation over the seeds) and draws one picture per optimizer. With the file
+of one donor, `--card DIR` adds its curve to the card of an adapter that `examples/graft.py` made from this donor.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
 from collections import defaultdict
@@ -16,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flags import Flags
 from peft_graft.analysis.plots import density_recovery
 from peft_graft.workflows.push import write_card
 
@@ -24,7 +24,7 @@ Rows = list[dict[str, str]]
 
 
 def read(paths: Iterable[Path]) -> Rows:
-    """All rows of the csv files, each with its donor's and its base's scores."""
+    """Return all rows of the csv files, each with the scores of its donor and its base."""
     rows: Rows = []
     for path in paths:
         with path.open(encoding="utf-8") as file:
@@ -38,28 +38,28 @@ def read(paths: Iterable[Path]) -> Rows:
 
 
 def mean(rows: Rows, column: str) -> float:
-    """Mean of a column."""
+    """Return the mean of a column."""
     return statistics.fmean(float(row[column]) for row in rows)
 
 
 def spread(rows: Rows, column: str) -> str:
-    """Standard deviation of a column; nothing for a single row."""
+    """Return the standard deviation of a column as text; empty for a single row."""
     return f" ± {statistics.stdev(float(row[column]) for row in rows):.4f}" if len(rows) > 1 else ""
 
 
 def share(row: dict[str, str]) -> float:
-    """Share of the donor's accuracy."""
+    """Return the share of the donor's accuracy that a point keeps."""
     return float(row["accuracy"]) / float(row["donor_accuracy"])
 
 
 def gain(row: dict[str, str]) -> float:
-    """Share of the donor's gain over the base."""
+    """Return the share of the donor's gain over the base that a point keeps; NaN if the donor has gained nothing."""
     base, donor = float(row["base_accuracy"]), float(row["donor_accuracy"])
-    return (float(row["accuracy"]) - base) / (donor - base)
+    return (float(row["accuracy"]) - base) / (donor - base) if donor != base else float("nan")
 
 
 def groups(rows: Rows) -> dict[tuple[str, float, str, str], Rows]:
-    """Rows by (optimizer, density, rule, alpha mode), in the order of the table."""
+    """Group rows by (optimizer, density, rule, alpha mode), in the order of the table."""
     found: dict[tuple[str, float, str, str], Rows] = defaultdict(list)
     for row in rows:
         if row["rule"] in ORDER:
@@ -68,14 +68,14 @@ def groups(rows: Rows) -> dict[tuple[str, float, str, str], Rows]:
 
 
 def table(rows: Rows) -> str:
-    """Markdown table of all points."""
+    """Return a Markdown table of all points."""
     lines = []
     for optimizer in sorted({row["optimizer"] for row in rows}):
         donors = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
         lines += [
-            f"\n**{optimizer} donors** ({len(donors)} seeds): accuracy {mean(donors, 'accuracy'):.4f} "
-            f"(base {mean(donors, 'base_accuracy'):.4f}), ECE {mean(donors, 'ece'):.3f}, "
-            f"loss {mean(donors, 'loss'):.4f}\n",
+            f"\n**{optimizer} donors** ({len(donors)} seed{'s' * (len(donors) > 1)}): "
+            f"accuracy {mean(donors, 'accuracy'):.4f} (base {mean(donors, 'base_accuracy'):.4f}), "
+            f"ECE {mean(donors, 'ece'):.3f}, loss {mean(donors, 'loss'):.4f}\n",
             "| density | rule | alpha | accuracy | of accuracy | of gain | ECE | loss | agreement | seeds | seconds |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
@@ -95,7 +95,7 @@ def table(rows: Rows) -> str:
 
 
 def curve(rows: Rows, optimizer: str, title: str) -> dict[str, Any]:
-    """Accuracy by density of one optimizer's donors, as `peft_graft.analysis.plots.density_recovery` takes it."""
+    """Return accuracy by density for one optimizer, as arguments of `peft_graft.analysis.plots.density_recovery`."""
     ends = [row for row in rows if row["optimizer"] == optimizer and row["rule"] == "donor"]
     found = {key[1:]: value for key, value in groups(rows).items() if key[0] == optimizer}
     densities = sorted({density for density, _, _ in found})
@@ -112,7 +112,7 @@ def curve(rows: Rows, optimizer: str, title: str) -> dict[str, Any]:
 
 
 def pictures(rows: Rows, stem: Path, task: str) -> list[Path]:
-    """One picture per optimizer: accuracy by density."""
+    """Draw accuracy by density, one picture per optimizer, and return the paths."""
     written = []
     for optimizer in sorted({row["optimizer"] for row in rows}):
         seeds = sum(row["optimizer"] == optimizer and row["rule"] == "donor" for row in rows)
@@ -124,13 +124,13 @@ def pictures(rows: Rows, stem: Path, task: str) -> list[Path]:
 
 
 def main() -> None:
-    """Read the flags, print the table, write the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the flags, print the table, and write the pictures."""
+    parser = Flags(__doc__)
     parser.add_argument(
         "--csv", nargs="+", type=Path, help="files of density_recovery.py; default benchmarks/out/*.csv"
     )
     parser.add_argument("--picture", type=Path, help="path and start of the name of the pictures")
-    parser.add_argument("--task", default="", help="what to call the task in the pictures")
+    parser.add_argument("--task", default="", help="name of the task in the pictures")
     parser.add_argument("--card", type=Path, metavar="DIR", help="an adapter's directory, with its metrics.json")
     args = parser.parse_args()
     args.csv = args.csv or sorted(Path("benchmarks/out").glob("*.csv"))

@@ -1,15 +1,18 @@
-"""How fast `peft-graft extract` is beside merely reading both files, and how much memory it takes.
+"""Measure time and memory of `peft-graft extract`, against merely reading both files.
 
     python benchmarks/extract_7b.py --scale 0.125                                               # 2 x 2.1 GB, to try
     python benchmarks/extract_7b.py --out benchmarks/results/speed/extract_7b.csv               # 2 x 13.5 GB
     python benchmarks/extract_7b.py --scale 0.25 --exact --differ 0.1                           # a donor of RL
 
-Writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 4.9 GB, and removes them
-afterwards. In every round, one process reads all files of both from the first byte to the last and does nothing else
-(blocks of 8 MB, as one stream, and as one stream a side at the same time: the faster one is the reference), and then
-`peft-graft extract` runs as a process of its own, from its start to its end, imports included. Before each of them, the
-kernel is told to forget the files (posix_fadvise DONTNEED), so that all of them read the disk. Peak RSS and CPU seconds
-are the kernel's, of that one process (wait4). `--warm` leaves the files in the page cache, where they fit.
+The script writes a base and a donor of Llama 7B's shapes in bfloat16, in shards of up to 4.9 GB, and removes them
+afterwards. Every round runs two things:
+
+- the reference: read all files from the first byte to the last, in blocks of 8 MB, as one stream and as one stream per
+  side at the same time; the faster of the two counts;
+- `peft-graft extract` as a process of its own, imports included.
+
+Before each of them the kernel drops the files from its page cache (posix_fadvise DONTNEED), so that all of them read
+the disk; `--warm` leaves the files there. Peak RSS and CPU seconds are those of that process alone (wait4).
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flags import Flags
+
 LAYERS, WIDTH, INNER, VOCAB = 32, 4096, 11008, 32000
 SHARD = 4.9e9
 POOL = 1 << 24
@@ -37,7 +42,7 @@ BLOCK = 8 << 20
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, in the order in which checkpoints have them."""
+    """Return the shape of every tensor, in the order of checkpoints."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for layer in range(layers):
         root = f"model.layers.{layer}"
@@ -49,11 +54,11 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_pair(directory: Path, layers: int, seed: int, differ: float) -> None:
-    """Write `base` and `donor`: weights ~ N(0, 0.02), deltas with a heavy tail, both cut from pools of numbers.
+    """Write `base` and `donor`: weights ~ N(0, 0.02) and deltas with a heavy tail, both cut from pools of numbers.
 
-    Where only a share of the entries is to differ, all of these deltas are too large to be rounded away.
+    With `differ` below 1, only that share of the entries differs, by deltas that are too large to be rounded away.
     """
-    # In a process of its own: a process that starts others hands its peak of memory on to them.
+    # Imported here, because this runs in a process of its own: a child process inherits the peak RSS of its parent.
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -98,12 +103,12 @@ def write_pair(directory: Path, layers: int, seed: int, differ: float) -> None:
 
 
 def weights(directory: Path, side: str = "*") -> list[Path]:
-    """The shards of both sides, or of one."""
+    """Return the shards of both sides, or of one."""
     return sorted(directory.glob(f"{side}/*.safetensors"))
 
 
 def forget(directory: Path) -> None:
-    """Have the kernel drop the files from its page cache."""
+    """Drop the files from the kernel's page cache."""
     for file in weights(directory):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -111,7 +116,7 @@ def forget(directory: Path) -> None:
 
 
 def read(files: list[Path]) -> int:
-    """Read files from the first byte to the last and forget what they hold."""
+    """Read files from the first byte to the last, and return the number of bytes."""
     buffer, total = memoryview(bytearray(BLOCK)), 0
     for file in files:
         with file.open("rb", buffering=0) as handle:
@@ -121,7 +126,7 @@ def read(files: list[Path]) -> int:
 
 
 def timed(work: Any, *args: Any) -> dict[str, float]:
-    """Wall-clock and CPU seconds of a call."""
+    """Return the wall-clock and CPU seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     work(*args)
     return {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -134,7 +139,7 @@ def read_both_sides(directory: Path) -> None:
 
 
 def run(command: list[str], directory: Path, threads: int | None) -> dict[str, float]:
-    """Seconds, CPU seconds and peak RSS of a process."""
+    """Run a process, and return its seconds, CPU seconds and peak RSS."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=directory, env=environment, stdout=sys.stderr)
@@ -165,7 +170,7 @@ def one_round(directory: Path, args: argparse.Namespace) -> dict[str, dict[str, 
 
 
 def rows(rounds: list[dict[str, dict[str, float]]], nbytes: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians and quartiles, and the speed beside the faster way to read in the same round."""
+    """Return medians and quartiles, and the speed relative to the faster way to read in the same round."""
     made = []
     for name in rounds[0]:
         row: dict[str, Any] = {"what": name, "GB": round(nbytes / 1e9, 2), "cache": "warm" if args.warm else "cold"}
@@ -190,25 +195,25 @@ def rows(rounds: list[dict[str, dict[str, float]]], nbytes: int, args: argparse.
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def main() -> None:
-    """Write the pair, measure, remove it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write the pair, measure, and remove it."""
+    parser = Flags(__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the 32 layers")
     parser.add_argument("--directory", type=Path, default=Path("extract_7b_files"), help="where to write the files")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of torch in extract; default: its own")
+    parser.add_argument("--threads", type=int, help="torch threads of extract; default: torch's own choice")
     parser.add_argument("--density", default="1e-3")
     parser.add_argument("--exact", action="store_true", help="measure --exact instead of a density")
     parser.add_argument("--differ", type=float, default=1.0, help="share of the donor's entries that differ")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
-    parser.add_argument("--keep", action="store_true", help="leave the files for another run, which then takes them")
-    parser.add_argument("--write_only", action="store_true", help="write the files and stop")
+    parser.add_argument("--keep", action="store_true", help="keep the files, and reuse them in the next run")
+    parser.add_argument("--write-only", action="store_true", help="write the files and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="csv file to write; printed in any case")
     args = parser.parse_args()
@@ -224,7 +229,7 @@ def main() -> None:
         raise SystemExit(f"disk must have {(needed + 5e9) / 1e9:.0f} GB free, got {free / 1e9:.0f} GB. Use --scale.")
     try:
         if not weights(directory):
-            subprocess.run([sys.executable, *sys.argv, "--write_only"], check=True)
+            subprocess.run([sys.executable, *sys.argv, "--write-only"], check=True)
         nbytes = sum(file.stat().st_size for file in weights(directory))
         if not needed <= nbytes < needed + 1e8:
             raise SystemExit(f"{directory} must hold a pair of this scale, got {nbytes} bytes. Remove it.")

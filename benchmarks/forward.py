@@ -1,9 +1,9 @@
-"""What a loaded patch costs in the forward pass: unmerged and merged, beside the base without it.
+"""Measure the forward pass of a loaded patch, unmerged and merged, against the base without it.
 
     python benchmarks/forward.py --shapes bert gpt2 llama --out benchmarks/results/speed/forward.csv
 
-`unmerged` runs the patch with alpha = 1, `scaled` with another alpha, `merged` after `merge_adapter()`; `lora r=8` is
-PEFT's, unmerged. All without gradients. Tokens are batch x length: 1x1 is a step of decoding.
+`unmerged` runs the patch with alpha = 1, `scaled` with another alpha, and `merged` after `merge_adapter()`; `lora r=8`
+is an unmerged LoRA of PEFT. All run without gradients. Tokens are batch x length: 1x1 is one step of decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_graft import GraftConfig
 
 
 def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Models in evaluation mode, by name."""
+    """Return the models to compare, in evaluation mode, by name."""
     base = timing.build(shape, args.layers or timing.LAYERS[shape], args)
     donor = timing.donor_of(base)
     models = {"base": base}
@@ -33,7 +33,7 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def runner(model: nn.Module, ids: torch.Tensor, repeat: int, device: str) -> Callable[[], dict[str, float]]:
-    """Run the model so often that the clock can tell; seconds are those of one pass."""
+    """Return a function that runs the model `repeat` times and returns the seconds of one pass."""
 
     def run() -> dict[str, float]:
         began = timing.clock(device)
@@ -49,7 +49,7 @@ def main() -> None:
     """Measure every shape and number of tokens, and write one row per contender."""
     parser = timing.parser_of_shapes(__doc__, rounds=21)
     parser.add_argument("--tokens", nargs="+", default=["8x128", "1x128", "1x1"], help="batch x length")
-    parser.add_argument("--density", type=float, default=1e-3, help="of the patch")
+    parser.add_argument("--density", type=float, default=1e-3, help="density of the patch")
     args = parser.parse_args()
     rows = []
     for shape in args.shapes:

@@ -1,9 +1,9 @@
-"""What an unmerged patch costs while text is generated, token by token, beside the base without it.
+"""Measure text generation with a patch, unmerged and merged, against the base without it.
 
     python benchmarks/generate.py --out benchmarks/results/speed/generate.csv
 
-`generate` writes the patch once and takes it off at the end, where a forward pass of its own would do both for every
-token. Batch 1, greedy, from a prompt of 16 tokens; the seconds are those of one new token.
+`generate` writes the patch once and removes it at the end, while separate forward passes would do both for every token.
+Batch 1, greedy, from a prompt of 16 tokens; the seconds are those of one new token.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PROMPT = 16
 def main() -> None:
     """Measure every shape and write one row per contender."""
     parser = timing.parser(__doc__, rounds=15)
-    parser.add_argument("--density", type=float, default=1e-3, help="of the patch")
-    parser.add_argument("--new_tokens", type=int, default=48, help="tokens to generate")
+    parser.add_argument("--density", type=float, default=1e-3, help="density of the patch")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens to generate")
     args = parser.parse_args()
     rows = []
     for shape, build in SHAPES.items():

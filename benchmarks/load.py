@@ -1,10 +1,10 @@
-"""How long it takes to load an adapter onto a model of 1.1B parameters, beside reading its file.
+"""Measure loading an adapter onto a model of 1.1B parameters, against reading its file and against PEFT's LoRA.
 
     python benchmarks/load.py --out benchmarks/results/speed/load.csv
 
-`read` reads the tensors of the file (from the page cache), `decode` makes a checked patch of them, and `load` is all of
-`PeftModel.from_pretrained`: also wrapping the modules and comparing the base with the patch's fingerprint. `lora r=8
-load` is PEFT's own for a LoRA on all linear layers. Wall-clock time.
+`read` reads the tensors of the file (from the page cache), `decode` checks them and makes a patch of them, and `load`
+is all of `PeftModel.from_pretrained`, which also wraps the modules and compares the base with the patch's fingerprint.
+`lora r=8 load` is the same call for a LoRA on all linear layers. Wall-clock time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE = "adapter_model.safetensors"
 
 
 def saved(args: argparse.Namespace, base: nn.Module, folder: Path) -> dict[str, Path]:
-    """Adapters in files, by method; the base is as it was."""
+    """Save one adapter per method, leave the base unchanged, and return the directories."""
     config = GraftConfig(donor=timing.donor_of(base), density=args.density, selection="random")
     configs = {"graft": config, "lora": LoraConfig(r=8, target_modules=timing.LINEARS[args.shape])}
     paths = {}
@@ -39,7 +39,7 @@ def saved(args: argparse.Namespace, base: nn.Module, folder: Path) -> dict[str, 
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the wall."""
+    """Return the wall-clock seconds of a call."""
     began = time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - began}

@@ -1,9 +1,10 @@
-"""Which way to compute a weight's gradient at its candidates is the fastest, by density and shape.
+"""Measure the kernels that compute a weight's gradient at its candidates, against the dense product.
 
     python benchmarks/mask_kernels.py --out benchmarks/results/speed/mask_kernels.csv
 
-The time for the entries of gy^T x by each kernel, relative to the dense one; `chosen` marks the kernel that
-`choose_kernel` takes. At the end: the costs per token that fit the measured times best, for `kernels.py`.
+The product is gy^T x, for several shapes and densities; times are relative to the dense kernel, and `chosen` marks the
+kernel that `choose_kernel` takes. At the end the script prints the costs per token that fit the measured times best;
+the constants in `peft_graft/tuner/apply/sparse_grad.py` come from there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ COPIES = 4  # of the factors, in turns, so that they come from memory as in a mo
 
 
 def runner(lefts: list[torch.Tensor], rights: list[torch.Tensor], indices: torch.Tensor, kernel: Kernel) -> Any:
-    """Run a kernel on the next copy."""
+    """Return a function that runs a kernel on the next copy of the factors."""
     turns = iter(range(10**9))
 
     def run() -> None:
@@ -34,7 +35,7 @@ def runner(lefts: list[torch.Tensor], rights: list[torch.Tensor], indices: torch
 
 
 def fit(rows: list[dict[str, Any]], tokens: int) -> str:
-    """Costs per token in nanoseconds: least squares of the relative errors."""
+    """Fit the costs per token, in nanoseconds, by least squares of the relative errors."""
     costs = {}
     for kernel in get_args(Kernel):
         points, times = [], []

@@ -1,11 +1,12 @@
-"""How much memory mask training takes at its peak, beside what its arithmetic cannot do without.
+"""Measure the peak memory of mask training, against the smallest memory that its arithmetic needs.
 
     python benchmarks/mask_memory.py --shapes bert gpt2 llama --out benchmarks/results/speed/mask_memory.csv
 
-There are two references, both without an optimizer: `to inputs` runs the base forward and backward to its inputs;
-`to weights` computes every weight's gradient as well and drops it at once, so its peak is base, activations (the inputs
-of linear layers among them) and one weight gradient. What a step with AdamW takes beyond `to weights` is `extra`. Bytes
-are those of tensors: all that live before the step, and what the allocator hands out during it.
+There are two references, both without an optimizer. `to inputs` runs the base forward and backward to its inputs. `to
+weights` also computes every weight's gradient and drops it at once, so that its peak is base, activations (including
+the inputs of linear layers) and one weight gradient. `extra` is the memory of a step with AdamW beyond `to weights`.
+LoRA and full fine-tuning are measured in the same way. Counted are the bytes of all tensors that exist before the
+step, and those that are allocated during it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FACTOR = 10  # candidates per entry of the budget
 
 
 def live() -> int:
-    """Bytes of all tensors in this process."""
+    """Return the bytes of all tensors in this process."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are looked at
@@ -38,7 +39,7 @@ def live() -> int:
 
 
 def peak(run: Callable[[], Any], device: str) -> int:
-    """Bytes of the tensors alive at the peak of a call."""
+    """Return the bytes of the tensors that are alive at the peak of a call."""
     before = live()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -56,7 +57,7 @@ def peak(run: Callable[[], Any], device: str) -> int:
 
 
 def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    """Forward, backward, and maybe the optimizer's step."""
+    """Run forward, backward and, if there is an optimizer, its step."""
     model(input_ids=ids).last_hidden_state.sum().backward()
     if optimizer:
         optimizer.step()
@@ -64,7 +65,7 @@ def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer |
 
 
 def measure(model: nn.Module, ids: torch.Tensor, device: str, optimize: bool) -> int:
-    """Bytes at the peak of a training step."""
+    """Return the bytes at the peak of a training step."""
     model.train().get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if optimize else None
@@ -76,7 +77,7 @@ def measure(model: nn.Module, ids: torch.Tensor, device: str, optimize: bool) ->
 
 
 def graft(base: nn.Module, density: float) -> nn.Module:
-    """A copy with a mask to learn, whose donor is gone."""
+    """Return a grafted copy with a mask to learn, without a reference to its donor."""
     config = GraftConfig(donor=timing.donor_of(base), density=density / FACTOR, candidates=FACTOR, selection="learned")
     model = get_peft_model(copy.deepcopy(base), config)
     model.base_model.donors.clear()
@@ -85,7 +86,7 @@ def graft(base: nn.Module, density: float) -> nn.Module:
 
 
 def make(name: str, base: nn.Module, shape: str) -> nn.Module:
-    """The contender of this name."""
+    """Return the model of this name."""
     method, _, density = name.partition(" ")
     if method == "graft":
         return graft(base, float(density))
@@ -109,7 +110,7 @@ def main() -> None:
         for name in names:
             model = make(name, base, shape)
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            own = sum(parameter.nbytes for parameter in base.parameters())  # lives beside the contender
+            own = sum(parameter.nbytes for parameter in base.parameters())  # is alive beside the measured model
             peaks[name] = measure(model, ids, args.device, optimize=not name.startswith("to ")) - own
             del model
             row: dict[str, Any] = {"contender": name, "trained": trained, "peak": peaks[name]}

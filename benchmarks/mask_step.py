@@ -1,11 +1,11 @@
-"""How long a step of mask training takes, beside full fine-tuning, LoRA and SHiRA.
+"""Measure a step of mask training, against full fine-tuning, LoRA and SHiRA.
 
     python benchmarks/mask_step.py --shapes bert gpt2 llama --out benchmarks/results/speed/mask_step.csv
 
-A step is forward and backward from a fixed upstream gradient; `step` leaves the optimizer out, `whole` includes AdamW.
-Full fine-tuning trains what a graft may patch: all but the embeddings. Everywhere the gradient runs down to the
-embeddings' output. The mask's logits change at every step, so finding the exact mask counts. PEFT's SHiRA has no
-Conv1D, so it does not run on GPT-2.
+A step is forward and backward from a fixed upstream gradient; `step` excludes the optimizer, `whole` includes AdamW.
+Full fine-tuning trains what a graft may patch, all but the embeddings. In all models the gradient runs down to the
+output of the embeddings. The mask's logits change at every step, so the time to find the exact mask is included.
+PEFT's SHiRA does not support Conv1D, and so not GPT-2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FACTOR = 10  # candidates per entry of the budget
 
 
 def stepper(model: nn.Module, ids: torch.Tensor, upstream: torch.Tensor, device: str) -> Callable[[], dict[str, float]]:
-    """A training step that times itself, with and without the optimizer."""
+    """Return a training step that returns its own times, with and without the optimizer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -41,7 +41,7 @@ def stepper(model: nn.Module, ids: torch.Tensor, upstream: torch.Tensor, device:
 
 
 def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Models ready to train, by name."""
+    """Return the models to compare, ready to train, by name."""
     base = timing.build(shape, args.layers or timing.LAYERS[shape], args)
     donor = timing.donor_of(base)
     models = {"full": copy.deepcopy(base)}

@@ -1,10 +1,10 @@
-"""The laws of docs/scaling.md, held against what was measured at three sizes, and drawn out to 70B and 400B.
+"""Compare the formulas of docs/scaling.md with measurements at three sizes, and extrapolate them to 70B and 400B.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling/step.csv      # measures steps, then prints all tables
 
-Steps of mask training are measured here, on one layer of three widths (Llama's shapes), beside the base's forward pass
+Steps of mask training are measured here, on one layer of three widths (Llama's shapes), against the base's forward pass
 in the same run. Sizes of adapters and seconds of extractions come from the csv files of `bytes_per_entry.py` and
-`extract_7b.py` in `benchmarks/results/`. `--no_measure` takes the steps from `--out` as well.
+`extract_7b.py` in `benchmarks/results/`. With `--no-measure` the steps come from the csv file as well.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from peft_graft.selection.streaming import HELD_AT_ONCE
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {768: 2048, 2048: 5632, 4096: 11008}  # hidden size -> inner size; heads of 128 entries
 CANDIDATES = 1e-3
-# What a candidate's gradient costs beside an entry's in a dense product (tuner/kernels.py, float32 on a CPU).
+# Cost of a candidate's gradient relative to an entry in a dense product (tuner/apply/sparse_grad.py, float32, CPU).
 SAMPLED = 0.07 / 0.0094
 HEADER = 240  # bytes that the header of the file has for a patched tensor, with names of usual length
 # Seconds of an extraction in which Python imports torch and transformers.
 START = 3.4
 
 
-# Laws: n entries that may be patched, k entries taken, c candidates, b bytes of an entry in the files, v of a value
+# Formulas: n eligible entries, k entries taken, c candidates, b bytes of an entry in the files, v of a value
 
 
 def adapter_bytes(n: float, k: float, tensors: int, v: float = 2) -> float:
-    """Size of an adapter's file: the entropy of positions, values, and a header for each tensor."""
+    """Return the size of an adapter's file: the entropy of the positions, the values, and a header for each tensor."""
     return k * ((log2(n / k) + 1.44) / 8 + v) + HEADER * tensors
 
 
 def step_flops(n: float, c: float, tokens: float, sampled: float = SAMPLED) -> float:
-    """Operations of a step: forward and the inputs' gradients as in full fine-tuning, weights' only at candidates."""
+    """Return the operations of a mask step: as in full fine-tuning, but weight gradients only at the candidates."""
     return (4 * n + 2 * min(sampled * c, n)) * tokens
 
 
 def full_flops(n: float, tokens: float) -> float:
-    """Operations of a step of full fine-tuning."""
+    """Return the operations of a step of full fine-tuning."""
     return 6 * n * tokens
 
 
 def mask_bytes(c: float, v: float = 2) -> float:
-    """Memory of c candidates: logit, gradient and two moments (16), index (8), donor's and base's value, mask (1)."""
+    """Return the bytes of c candidates: logit, gradient and moments (16), index (8), two values (2 v), mask (1)."""
     return c * (16 + 8 + 2 * v + 1)
 
 
 def extract_seconds(n: float, b: float, disk: float, cpu: float, passes: int = 1) -> float:
-    """Seconds of an extraction: both files come at the disk's speed or go at the processor's, whichever is less."""
+    """Return the seconds of an extraction, at the speed of the disk or of the processor, whichever is lower."""
     return passes * 2 * n * b / min(disk, cpu) + START
 
 
@@ -68,7 +68,7 @@ def extract_seconds(n: float, b: float, disk: float, cpu: float, passes: int = 1
 
 
 def one_layer(width: int) -> nn.Module:
-    """One layer of Llama's shape, without dropout."""
+    """Return one layer of Llama's shape, without dropout."""
     heads = width // 128
     return LlamaModel(
         LlamaConfig(
@@ -79,7 +79,7 @@ def one_layer(width: int) -> nn.Module:
 
 
 def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Forward passes and steps at three widths."""
+    """Measure forward passes and steps at three widths."""
     rows = []
     for width in WIDTHS:
         timing.start(args)
@@ -125,7 +125,7 @@ def show(title: str, head: list[str], body: list[list[str]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a csv file, none where there is no file."""
+    """Return the rows of a csv file; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -133,7 +133,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def check_steps(rows: list[dict[str, Any]]) -> None:
-    """Hold the steps against the law, whose only free number is the speed of the base's own forward pass."""
+    """Compare the steps with the formula; its only measured input is the speed of the base's forward pass."""
     body = []
     for width in WIDTHS:
         held = {row["contender"]: row for row in rows if int(row["width"]) == width}
@@ -145,12 +145,12 @@ def check_steps(rows: list[dict[str, Any]]) -> None:
         both = [f"{law[name]:.3f} s / {seconds[name]:.3f} s" for name in ("full", "graft")]
         ratios = f"{law['graft'] / law['full']:.2f} / {ratio:.2f}"
         body.append([f"{n / 1e6:.1f}M", f"{speed / 1e9:.0f} GFLOP/s", *both, ratios])
-    head = ["entries", "speed of the forward pass", "full step: law / measured", "mask step", "ratio"]
+    head = ["entries", "speed of the forward pass", "full step: formula / measured", "mask step", "ratio"]
     show("A step of mask training, candidates 1e-3", head, body)
 
 
 def check_sizes() -> None:
-    """Hold files of adapters against the law."""
+    """Compare the sizes of adapters with the formula."""
     body = []
     for row in read_csv(RESULTS / "size" / "bytes_per_entry.csv"):
         n = float(row["entries"]) / float(row["density"])
@@ -159,11 +159,11 @@ def check_sizes() -> None:
         body.append(
             [row["model"], f"{n / 1e6:.0f}M", row["density"], f"{law:,.0f}", f"{int(row['bytes']):,}", f"{off:+.1%}"]
         )
-    show("Bytes of an adapter, bfloat16", ["model", "entries", "density", "law", "measured", "off by"], body)
+    show("Bytes of an adapter, bfloat16", ["model", "entries", "density", "formula", "measured", "error"], body)
 
 
 def check_extractions() -> None:
-    """Hold extractions against the law, whose free numbers are what reading and computing alone achieve."""
+    """Compare extractions with the formula; its measured inputs are the speeds of reading and computing alone."""
     body = []
     files = [read_csv(path) for path in (RESULTS / "speed").glob("extract_7b*.csv")]
     for file in sorted(files, key=lambda rows: float(rows[0]["GB"])):
@@ -183,12 +183,12 @@ def check_extractions() -> None:
         ]
         row += [f"{law:.1f} s", f"{seconds:.1f} s", f"{seconds / law - 1:+.0%}"]
         body.append([*row, f"{float(found['peak_rss_GB_median']):.2f} GB"])
-    head = ["entries", "page cache", "reading alone", "one core computes", "law", "measured", "off by", "peak RSS"]
+    head = ["entries", "page cache", "reading alone", "one core computes", "formula", "measured", "error", "peak RSS"]
     show("An extraction at density 1e-3, both files in bfloat16", head, body)
 
 
 def extrapolate(args: argparse.Namespace) -> None:
-    """Draw the laws out to models that do not fit here."""
+    """Extrapolate the formulas to larger models."""
     body, speed = [], args.gpus * args.tflops * 1e12
     for name, n, tensors in (("7B", 6.5e9, 291), ("70B", 68.5e9, 723), ("400B", 402e9, 1137)):
         for density in (1e-5, 1e-4, 1e-3):
@@ -206,14 +206,14 @@ def extrapolate(args: argparse.Namespace) -> None:
                 f"{flops / speed:.2f} s",
             ]
             body.append([*row, f"{full_flops(n, args.tokens) / speed:.2f} s"])
-    head = ["model", "density", "adapter", "files to read", "extract", "its memory", "each GPU holds"]
-    head += ["gradient to reduce", "mask step", "full step"]
+    head = ["model", "density", "adapter", "files to read", "extract", "memory of extract", "each GPU holds"]
+    head += ["gradients between ranks", "mask step", "full step"]
     what = f"{args.gpus} GPUs of {args.tflops:.0f} TFLOP/s achieved, {args.tokens:,} tokens a step"
-    show(f"Drawn out: {what}, disk {args.disk:g} GB/s, processor {args.cpu:g} GB/s", head, body)
+    show(f"Extrapolated: {what}, disk {args.disk:g} GB/s, processor {args.cpu:g} GB/s", head, body)
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Return bytes as text with a unit."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -224,16 +224,16 @@ def size(count: float) -> str:
 def main() -> None:
     """Measure, check, extrapolate."""
     parser = timing.parser(__doc__, rounds=9)
-    parser.add_argument("--no_measure", action="store_true", help="take the steps from --out")
+    parser.add_argument("--no-measure", action="store_true", help="take the steps from the csv file")
     parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--gpus", type=int, default=8, help="that share a model in the extrapolation")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs that share a model in the extrapolation")
     parser.add_argument(
-        "--tflops", type=float, default=400, help="what each achieves, e.g. 40%% of an H100's 989 in bf16"
+        "--tflops", type=float, default=400, help="TFLOP/s of each GPU, e.g. 40%% of an H100's 989 in bf16"
     )
-    parser.add_argument("--tokens", type=int, default=32768, help="of a step in the extrapolation")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step in the extrapolation")
     parser.add_argument("--disk", type=float, default=6, help="GB/s of the disk in the extrapolation")
-    parser.add_argument("--cpu", type=float, default=10, help="GB/s that its processor computes")
+    parser.add_argument("--cpu", type=float, default=10, help="GB/s that the processor computes, in the extrapolation")
     args = parser.parse_args()
     if not args.no_measure:
         timing.write_csv(args.out, steps(args))

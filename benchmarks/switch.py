@@ -1,10 +1,10 @@
-"""How long it takes to switch from one resident skill to another, on a model of 1.1B parameters.
+"""Measure switching from one loaded skill to another, against merging and unmerging a LoRA (1.1B parameters).
 
     python benchmarks/switch.py --out benchmarks/results/speed/switch.csv
 
-The reference is what serving a LoRA (r=8, all linear layers) merged takes: merge, and unmerge before the next one.
-`graft merged` unmerges one skill and merges the other; `graft active` chooses the other by `set_adapter`, unmerged.
-What is read and written is the patch for a graft, every weight for LoRA.
+The reference is the cost of serving merged LoRAs (r=8, all linear layers): merge one, and unmerge it before the next.
+`graft merged` unmerges one skill and merges the other; `graft active` only calls `set_adapter`, unmerged. A graft reads
+and writes its patch, a LoRA every weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft_graft import GraftConfig
 
 
 def grafted(args: argparse.Namespace) -> nn.Module:
-    """A model with the skills "a" and "b", whose donors are gone."""
+    """Return a model with the skills "one" and "two", without references to their donors."""
     base = timing.build(args.shape, args.layers, args)
     base.requires_grad_(False)
     donors = {name: timing.donor_of(base) for name in ("one", "two")}
@@ -37,7 +37,7 @@ def grafted(args: argparse.Namespace) -> nn.Module:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Switches, by name."""
+    """Return the ways to switch, by name."""
     graft = grafted(args)
     lora = get_peft_model(
         timing.build(args.shape, args.layers, args), LoraConfig(r=8, target_modules=timing.LINEARS[args.shape])
@@ -49,8 +49,7 @@ def contenders(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         graft.set_adapter(other[graft.active_adapter])
 
     def merged() -> dict[str, float]:
-        if not any(layer.merged for layer in graft.base_model._layers()):
-            graft.merge_adapter()
+        graft.merge_adapter()
         began = timing.clock(args.device)
         graft.unmerge_adapter()
         active()

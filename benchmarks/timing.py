@@ -1,10 +1,11 @@
-"""What the benchmarks share: shapes of models, interleaved measurement, and csv files that say where they come from.
+"""Shared parts of the benchmarks: shapes of models, interleaved measurement, and csv files that name their origin.
 
     contenders = {"base": run_base, "graft": run_graft}
     write_csv("out.csv", table(race(contenders, rounds=20, seed=0, device="cpu"), reference="base"), facts)
 
-Every round runs all contenders once, in an order drawn anew, so that what else the machine does hits all of them alike.
-On the CPU, the time is that of the process (`time.process_time`) with one thread: other processes do not count.
+Every round runs all contenders once, in a new random order, so that other load on the machine affects all of them
+alike. On the CPU the time is that of the process (`time.process_time`) with one thread, without the time of other
+processes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-# Layers as in the real models; few of them, and a small vocabulary, so that they fit anywhere.
+from flags import Flags
+
+# The layers are those of the real models. They are few, and the vocabulary is small, so that they fit anywhere.
 SHAPES: dict[str, Callable[[int], nn.Module]] = {
     "bert": lambda layers: BertModel(  # BERT base
         BertConfig(num_hidden_layers=layers, vocab_size=512), add_pooling_layer=False
@@ -53,27 +56,31 @@ VOCAB_SIZE = 512
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return a parser with the flags that all benchmarks have."""
+    made = Flags(doc)
     made.add_argument("--rounds", type=int, default=rounds, help="rounds to measure (one more warms up)")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--dtype", default="float32", help="dtype of the weights")
     made.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    made.add_argument("--seed", type=int, default=0, help="of the weights, the data and the order of the contenders")
-    made.add_argument("--out", type=Path, help="csv file to write; printed in any case")
+    made.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights, the data and the order of the contenders"
+    )
+    made.add_argument("--out", type=Path, help="csv file to write; the rows are printed in any case")
     return made
 
 
 def parser_of_shapes(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The same for benchmarks that go through several shapes, with a few layers of each."""
+    """Return a parser for benchmarks that measure several shapes, with a few layers of each."""
     made = parser(doc, rounds)
-    made.add_argument("--shapes", nargs="+", default=["bert"], choices=sorted(SHAPES), help="models to shape")
+    made.add_argument(
+        "--shapes", nargs="+", default=["bert"], choices=sorted(SHAPES), help="models whose layers to build"
+    )
     made.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
     return made
 
 
 def parser_of_training(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The same for steps of mask training, at several shares of candidates."""
+    """Return a parser for steps of mask training, at several shares of candidates."""
     made = parser_of_shapes(doc, rounds)
     made.add_argument("--batch", type=int, default=8, help="sequences")
     made.add_argument("--length", type=int, default=128, help="tokens of each")
@@ -84,17 +91,17 @@ def parser_of_training(doc: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def parser_of_one(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The same for patches on one model of a real size, in half precision."""
+    """Return a parser for patches on one model of a real size, in half precision."""
     made = parser(doc, rounds)
     made.set_defaults(dtype="bfloat16")
-    made.add_argument("--shape", default="llama", choices=sorted(SHAPES), help="model to shape")
-    made.add_argument("--layers", type=int, default=22, help="its layers; 22 are TinyLlama's")
-    made.add_argument("--density", type=float, default=1e-3, help="of each patch")
+    made.add_argument("--shape", default="llama", choices=sorted(SHAPES), help="model whose layers to build")
+    made.add_argument("--layers", type=int, default=22, help="number of layers; TinyLlama has 22")
+    made.add_argument("--density", type=float, default=1e-3, help="density of each patch")
     return made
 
 
 def freeze_embeddings(model: nn.Module) -> nn.Module:
-    """Let a model train all but its embeddings, as a graft does, and return it."""
+    """Freeze the embeddings of a model, which a graft does not patch by default, and return the model."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
@@ -109,7 +116,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def build(shape: str, layers: int, args: argparse.Namespace) -> nn.Module:
-    """A model with random weights and without dropout."""
+    """Return a model with random weights and without dropout."""
     model = SHAPES[shape](layers).to(args.device, getattr(torch, args.dtype))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -120,7 +127,7 @@ def build(shape: str, layers: int, args: argparse.Namespace) -> nn.Module:
 
 
 def donor_of(base: nn.Module, scale: float = 1e-2) -> nn.Module:
-    """A copy with Gaussian noise on every parameter, so that its largest changes are everywhere."""
+    """Return a copy with Gaussian noise on every parameter, so that its largest deltas are spread evenly."""
     donor = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in donor.parameters():
@@ -129,12 +136,12 @@ def donor_of(base: nn.Module, scale: float = 1e-2) -> nn.Module:
 
 
 def tokens(batch: int, length: int, device: str) -> torch.Tensor:
-    """Random token ids, int64 [batch, length]."""
+    """Return random token ids, int64 [batch, length]."""
     return torch.randint(0, VOCAB_SIZE, (batch, length)).to(device)
 
 
 def clock(device: str) -> float:
-    """Seconds: of the process on the CPU, of the device once it is done elsewhere."""
+    """Return a time in seconds: the process's on the CPU; elsewhere wall-clock time, after the device has finished."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -147,13 +154,13 @@ def race(
     """Run the contenders in turns.
 
     Args:
-        contenders: By name; what is called is timed, unless it returns times of its own (seconds by name).
-        rounds: How many rounds count; one before them warms up.
-        seed: Of the order in each round.
-        device: Whose clock counts.
+        contenders: Functions by name. Each call is timed, unless it returns times of its own (seconds by name).
+        rounds: Number of rounds that count, after one that warms up.
+        seed: Seed of the order in each round.
+        device: "cpu" or an accelerator, for `clock`.
 
     Returns:
-        Seconds of each round by contender; under `"seconds"` where the contender returned none.
+        For each contender, one dictionary of seconds per round, with the key `"seconds"` if the call was timed here.
     """
     order, found = random.Random(seed), {name: [] for name in contenders}
     for turn in range(rounds + 1):
@@ -169,7 +176,7 @@ def race(
 
 
 def table(times: Mapping[str, list[dict[str, float]]], reference: str) -> list[dict[str, Any]]:
-    """Medians and quartiles of the seconds, and of the ratio to the reference in the same round."""
+    """Return medians and quartiles of the seconds, and of the ratio to the reference in the same round."""
     rows = []
     for name, rounds in times.items():
         row: dict[str, Any] = {"contender": name, "rounds": len(rounds)}
@@ -184,13 +191,13 @@ def table(times: Mapping[str, list[dict[str, float]]], reference: str) -> list[d
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return the median and the quartiles of some values."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": middle, "q1": low, "q3": high}
 
 
 def facts(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """What a reader must know to repeat a row."""
+    """Return the columns that are needed to repeat a row: dtype, device, threads, seed and versions."""
     device = torch.cuda.get_device_name() if args.device != "cpu" else _processor()
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
@@ -213,7 +220,7 @@ def _processor() -> str:
 
 
 def write_csv(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write the rows to a file, if any, and print them in short."""
+    """Print the rows without quartiles, and write them to a csv file if there is a path."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items() if not key.endswith(("_q1", "_q3"))))

@@ -1,9 +1,9 @@
-"""The pictures of the concepts page, drawn from what the package computes and from the measured points in benchmarks/.
+"""Draw the pictures of the concepts page, from the package itself and from the measured points in benchmarks/.
 
     python docs/pictures.py                        # draws docs/pictures/*.png
-    python docs/pictures.py --measure demo_out     # first counts where the patch of `make demo` lies, for the map
+    python docs/pictures.py --measure demo_out     # first counts the entries of the patch of `make demo`, for the map
 
-The density-recovery curves beside them come from benchmarks/density_report.py.
+The density-recovery curves on the same page come from benchmarks/density_report.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from peft_graft import Patch
 from peft_graft.analysis.localization import Place, locate
 from peft_graft.analysis.plots import COLORS, MARKERS, skill_map
 from peft_graft.checkpoints.donor import CheckpointDonor
 from peft_graft.patch.arithmetic import grafted_values
-from peft_graft.patch.patch import Patch, TensorPatch
+from peft_graft.patch.patch import TensorPatch
 from peft_graft.selection.rules import Evidence, get_rule, select
 
 DOCS = Path(__file__).parent
@@ -33,17 +34,17 @@ INK = "#333333"
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """A figure without a window."""
+    """Return a figure without a window."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     return figure
 
 
 def equation() -> Figure:
-    """The one equation on a tensor of 6 x 6 entries: base, donor, delta, mask, patch and graft."""
+    """Draw the equation on a tensor of 6 x 6 entries: base, donor, delta, mask, patch and graft."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(6, 6, generator=generator)
-    far = torch.rand(6, 6, generator=generator) < 0.2  # few entries of this donor move far, the others hardly
+    far = torch.rand(6, 6, generator=generator) < 0.2  # few entries of this donor move far
     delta = torch.randn(6, 6, generator=generator) * torch.where(far, 1.8, 0.25)
     donor, alpha = base + delta, 1.5
     scores = get_rule("magnitude").score(Evidence("weight", base, delta))
@@ -74,7 +75,7 @@ def equation() -> Figure:
 
 
 def alphas() -> Figure:
-    """The fitted alpha by density, for AdamW and SGD donors: geometric mean over the seeds."""
+    """Draw the fitted alpha by density, for AdamW and SGD donors: geometric mean over the seeds."""
     found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((RESULTS / "sst2_minilm").glob("*.csv")):
         with path.open(encoding="utf-8") as file:
@@ -96,7 +97,7 @@ def alphas() -> Figure:
 
 
 def measure(adapter: Path) -> Place:
-    """Count the entries of a graft that examples/graft.py made, in every module that it touches in some layer.
+    """Count the entries of a graft from examples/graft.py, in every kind of module that it touches in some layer.
 
     Args:
         adapter: Directory of the graft, with its base in `base`; only headers of the base's files are read.
@@ -121,7 +122,7 @@ def write_where(place: Place, path: Path) -> None:
 
 
 def where() -> Figure:
-    """The map of the demo's patch: its entries by layer and kind of module."""
+    """Draw the map of the demo's patch: its entries by layer and kind of module."""
     with WHERE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     layers, modules = (list(dict.fromkeys(row[name] for row in rows)) for name in ("layer", "module"))
@@ -136,10 +137,10 @@ def draw(folder: Path) -> list[Path]:
     """Draw all pictures.
 
     Args:
-        folder: Where to.
+        folder: Directory for the pictures.
 
     Returns:
-        Their paths.
+        The paths of the pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -151,7 +152,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Read the flags, draw."""
+    """Read the flags and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, help="directory of `make demo`: count where its patch lies first")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A demo in the browser: choose base, donor, rule, density and alpha; see the curve, the map, the bytes; ask all three.
+"""A demo in the browser: choose a rule, density and alpha, see the curve, the map and the bytes, and ask all models.
 
-    python examples/app.py                       # on what `make demo` has made in demo_out/, or makes it; offline
+    python examples/app.py     # offline, with the base and donor of `make demo` in demo_out/, which it offers to make
     python examples/app.py --base B --donor D --train train.jsonl --validation validation.jsonl --port 7861
 
-Needs `pip install 'peft-graft[app]'`. What is computed is in explore.py; here it is only shown.
+Needs `pip install 'peft-graft[app]'`. explore.py computes everything; this file only lays out the page.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from transformers import HfArgumentParser
 
 from explore import RULES, ExploreArguments, Explorer, Point, Setting, demo_is_made, make_demo, table
 
-# Fonts of the reader's own, because Gradio's come from the network.
+# System fonts, because Gradio would download its own.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-# Gradio fills it in where a function asks for it, and shows the bars of the Trainer and of the fits, too.
+# Gradio passes it to functions that have it as a default, and shows the bars of the Trainer and of the fits, too.
 PROGRESS = gr.Progress(track_tqdm=True)
 Updates = tuple[Any, ...]
 NO_DONOR = "There is no donor yet. **Make the demo's donor** (about two minutes), or name a base and a donor below."
@@ -33,18 +33,20 @@ NO_DONOR = "There is no donor yet. **Make the demo's donor** (about two minutes)
 
 @dataclass
 class AppArguments(ExploreArguments):
-    """What to explore, and where to serve it."""
+    """Flags: those of `ExploreArguments`, and the address to serve on."""
 
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for other machines, too."})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 also serves other machines."}
+    )
     port: int = field(default=7860, metadata={"help": "Port to listen on."})
     open_browser: bool = field(default=False, metadata={"help": "Open the page in a browser."})
 
 
 class App:
-    """What the page's buttons do. One explorer for all who look at the page.
+    """The actions of the page's buttons. All visitors share one explorer.
 
     Args:
-        args: Everything that `--help` explains.
+        args: Flags, see `--help`.
     """
 
     def __init__(self, args: AppArguments) -> None:
@@ -53,13 +55,13 @@ class App:
         self.point: Point | None = None
 
     def open(self, base: str, donor: str, train: str, validation: str, progress: Any = PROGRESS) -> Updates:
-        """Read base and donor, and measure them."""
+        """Load base and donor, and measure them."""
         given = {"base": base, "donor": donor, "train": train, "validation": validation}
         fields = {name: getattr(self.args, name) for name in ExploreArguments.__dataclass_fields__}
         args = replace(ExploreArguments(**fields), **{name: text.strip() or None for name, text in given.items()})
         if not demo_is_made(args):
             return (gr.update(), NO_DONOR, *self.pictures())
-        if self.explorer is None or self.explorer.args != args:  # else the page was only loaded again
+        if self.explorer is None or self.explorer.args != args:  # else the page was only reloaded
             before, self.explorer, self.point = self.explorer, Explorer(args, progress), None
             if before is not None:
                 before.close()
@@ -72,39 +74,39 @@ class App:
         make_demo(self.args)
 
     def graft(self, selection: str, exponent: float, alpha: str, progress: Any = PROGRESS) -> Updates:
-        """Graft, and show what came of it."""
+        """Make and measure a graft, and show it."""
         progress(0.0, f"{selection} at density {10**exponent:.1e}")
         self.point = self.ready().run(Setting(selection, float(f"{10**exponent:.3g}"), alpha.strip()))
         return self.pictures()
 
     def curve(self, selection: str, alpha: str, progress: Any = PROGRESS) -> Iterator[Updates]:
-        """Graft at five densities; the curve grows with each."""
+        """Graft at five densities, and redraw the curve after each."""
         for _ in self.ready().curve(selection, alpha.strip(), progress=progress):
             yield self.pictures()
 
     def ask(self, text: str) -> list[dict[str, float] | None]:
-        """Ask base, donor and graft."""
+        """Ask base, donor and graft to classify a sentence."""
         answers = self.ready().ask(text)
         return [answers.get(name) for name in ("base", "donor", "graft")]
 
     def budget(self, exponent: float) -> str:
-        """Say what a place of the slider means."""
+        """Return the density and number of entries at a position of the slider."""
         density = float(f"{10**exponent:.3g}")
         entries = "" if self.explorer is None else f": {round(density * self.explorer.eligible):,} entries"
         return f"density {density:.3g}{entries}"
 
     def pictures(self) -> Updates:
-        """Table, curve and map of what is known."""
+        """Return the table, the curve and the map of all measured points."""
         if self.explorer is None:
             return "", None, None
         drawn = None if self.point is None else self.explorer.skill_map(self.point)
         return table(self.explorer, self.point), self.explorer.recovery(), drawn
 
     def ready(self) -> Explorer:
-        """The explorer.
+        """Return the explorer.
 
         Raises:
-            ValueError: Nothing is open.
+            ValueError: No base and donor are open.
         """
         if self.explorer is None:
             raise ValueError("base and donor must be open, got none. Make the demo's donor, or name and open a pair.")
@@ -112,7 +114,7 @@ class App:
 
 
 def told(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Show an error's message on the page instead of "Error"."""
+    """Wrap an action so that the page shows an error's message instead of "Error"."""
 
     @contextmanager
     def as_message() -> Iterator[None]:
@@ -121,7 +123,7 @@ def told(act: Callable[..., Any]) -> Callable[..., Any]:
         except (ValueError, OSError, ImportError) as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
-    # wraps, because gradio looks for its Progress in the signature
+    # wraps keeps the signature, in which gradio looks for its Progress
     @functools.wraps(act)
     def run(*args: Any, **kwargs: Any) -> Any:
         with as_message():
@@ -136,16 +138,16 @@ def told(act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(args: AppArguments) -> gr.Blocks:
-    """Lay the page out.
+    """Lay out the page.
 
     Args:
-        args: Everything that `--help` explains.
+        args: Flags, see `--help`.
 
     Returns:
-        The page, to be launched.
+        The page, ready to launch.
     """
     app = App(args)
-    # One at a time: a graft changes the model that the sentences are asked of.
+    # One action at a time, because grafting changes the model that answers.
     alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     with gr.Blocks(title="peft-graft", analytics_enabled=False) as page:
         gr.Markdown("# peft-graft\nHow little of a fine-tuned donor does its base need?")
@@ -155,9 +157,9 @@ def build(args: AppArguments) -> gr.Blocks:
             with gr.Row():
                 base = gr.Textbox(args.base or "", label="base", placeholder="the demo's", elem_id="base")
                 donor = gr.Textbox(args.donor or "", label="donor", placeholder="the demo's", elem_id="donor")
-                train = gr.Textbox(args.train, label="data for mask and alpha", elem_id="train")
+                train = gr.Textbox(args.train, label="rows for mask and alpha", elem_id="train")
                 validation = gr.Textbox(
-                    args.validation or "", label="data to measure on", placeholder="the demo's", elem_id="validation"
+                    args.validation or "", label="rows to measure on", placeholder="the demo's", elem_id="validation"
                 )
             reopen = gr.Button("Open", elem_id="open")
         with gr.Row():
@@ -202,7 +204,7 @@ def build(args: AppArguments) -> gr.Blocks:
 
 
 def main() -> None:
-    """Read the flags, serve the page."""
+    """Read the flags and serve the page."""
     (args,) = HfArgumentParser(AppArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
     page = build(args)
     page.launch(server_name=args.host, server_port=args.port, inbrowser=args.open_browser, theme=THEME, share=False)

@@ -1,4 +1,4 @@
-"""What app.py shows, without the showing: grafts of one donor by rule, density and alpha, measured and kept."""
+"""The computations behind app.py: grafts of one donor by rule, density and alpha, measured once and remembered."""
 
 from __future__ import annotations
 
@@ -20,62 +20,63 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tasks
 from graft import ADAPTER_FILES, DONOR_ROWS, GraftArguments, fit, own_donor
-from peft_graft import GraftConfig
+from peft_graft import GraftConfig, Patch
 from peft_graft.analysis.localization import Place, locate
 from peft_graft.analysis.metrics import Agreement
 from peft_graft.analysis.plots import density_recovery, skill_map
-from peft_graft.patch.patch import Patch
 
-# Rules that answer within a minute on a small model; `sigmoid` does not.
+# The rules that take less than a minute on a small model: all but `sigmoid`.
 RULES = ("learned", "magnitude", "path_taylor", "taylor", "fisher", "wanda", "random")
 CURVE = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 Progress = Callable[[float, str], Any]
 
 
 def _silent(share: float, what: str) -> None:
-    """Report progress to nobody."""
+    """Ignore a report of progress."""
 
 
 @dataclass
 class ExploreArguments:
-    """What to explore, and on how many rows."""
+    """Flags: the models, the data, and how many rows of it to use."""
 
     demo_dir: str = field(
-        default="demo_out", metadata={"help": "Where `make demo` has made, or the app will make, a base and a donor."}
+        default="demo_out", metadata={"help": "Directory of the base and donor that `make demo`, or the app, makes."}
     )
     base: str | None = field(default=None, metadata={"help": "Base: directory or Hub id. Default: the demo's."})
     donor: str | None = field(default=None, metadata={"help": "Fine-tuned base. Default: the demo's."})
     train: str = field(
         default=tasks.DOCSTRINGS,
-        metadata={"help": "Data for mask and alpha: file, Hub data set, or 'docstrings', as in graft.py."},
+        metadata={"help": "Rows that fit mask and alpha: file, Hub data set, or 'docstrings', as in graft.py."},
     )
     validation: str | None = field(
-        default=None, metadata={"help": "Data to measure on. Default: the test split of the embedded task."}
+        default=None, metadata={"help": "Rows to measure on. Default: the test split of the embedded task."}
     )
-    text_columns: list[str] | None = field(default=None, metadata={"help": "One text column or, for pairs, two."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "Text column, or two columns for pairs. Default: as found."}
+    )
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     rows: int = field(default=512, metadata={"help": "Measure on this many rows."})
     mask_rows: int = field(default=1024, metadata={"help": "Rows that train or score the mask."})
-    calibration_rows: int = field(default=256, metadata={"help": "Further rows that fit alpha."})
+    calibration_rows: int = field(default=256, metadata={"help": "Other rows that fit alpha."})
     skip_train_samples: int = field(
-        default=0, metadata={"help": "Rows of --train to pass over: those that the donor was trained on."}
+        default=0, metadata={"help": "Shuffled rows of --train to skip, because the donor was trained on them."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the rows and of the selection."})
 
 
 def demo_is_made(args: ExploreArguments) -> bool:
-    """Whether there is a donor to explore: one that is named, or the demo's."""
+    """Return whether there is a donor to explore: one that is named, or the demo's."""
     return args.donor is not None or (Path(args.demo_dir) / "donor" / "model.safetensors").is_file()
 
 
 def make_demo(args: ExploreArguments) -> None:
-    """Make the demo's base and donor, as `make demo` does."""
+    """Make the demo's base and donor, like `make demo`."""
     own_donor(GraftArguments(output_dir=args.demo_dir))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the user chooses.
+    """One choice of rule, density and alpha.
 
     Args:
         selection: One of `RULES`.
@@ -105,16 +106,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting came to.
+    """The measured graft of one setting.
 
     Args:
-        setting: What was chosen.
+        setting: The choice.
         scores: accuracy, f1, ece, loss and agreement of the graft.
         entries: Entries of the patch.
         bytes: Size of the adapter's two files.
         alpha: The fitted or given scale.
-        seconds: What finding the patch took.
-        place: Where the entries are.
+        seconds: Time that making the patch took.
+        place: Map of the entries by layer and module.
     """
 
     setting: Setting
@@ -130,8 +131,8 @@ class Explorer:
     """One base and one donor: graft, measure, draw, compare.
 
     Args:
-        args: Everything that `--help` explains.
-        progress: Called with a share in [0, 1] and what is being done.
+        args: Flags, see `--help`.
+        progress: Called with a share in [0, 1] and a description of the current step.
 
     Raises:
         ValueError: Base and donor are not given together or do not fit together, or the data does not fit.
@@ -150,7 +151,7 @@ class Explorer:
         device = tasks.launched().device
         self.base = AutoModelForSequenceClassification.from_pretrained(base).to(device).eval()
         self.donor = AutoModelForSequenceClassification.from_pretrained(donor).to(device).eval()
-        # The smallest graft there is: it tells whether the two fit together, and what the budget is a share of.
+        # The smallest possible graft checks that base and donor fit together, and counts the eligible entries.
         smallest = get_peft_model(copy.deepcopy(self.base), GraftConfig(donor=self.donor, num_params=1))
         self.eligible = int(smallest.peft_config["default"].eligible)
         self.labels = [self.base.config.id2label[index] for index in range(self.base.config.num_labels)]
@@ -226,16 +227,16 @@ class Explorer:
     def curve(
         self, selection: str, alpha: str, densities: Sequence[float] = CURVE, progress: Progress = _silent
     ) -> Iterator[Point]:
-        """Graft at several densities, and go back to the present graft; densities of no entry are passed over.
+        """Graft at several densities, then restore the current graft; densities that give no entry are skipped.
 
         Args:
             selection: Rule.
             alpha: As in `Setting`.
-            densities: Which.
-            progress: Called before each of them.
+            densities: Densities, each in (0, 1].
+            progress: Called before each density.
 
         Returns:
-            An iterator over what they came to, each when it is known.
+            An iterator that yields each point as soon as it is measured.
         """
         possible = [density for density in densities if round(density * self.eligible) >= 1]
         present = self.graft
@@ -245,7 +246,7 @@ class Explorer:
         self.graft = present
 
     def recovery(self, score: str = "accuracy") -> Figure | None:
-        """Draw all points so far, solid with a fitted alpha and dashed with alpha = 1; None while there are none."""
+        """Draw all points so far, solid for a fitted alpha and dashed for alpha = 1; None before the first point."""
         points = [point for point in self.points.values() if point.setting.alpha in ("auto", "1")]
         densities = sorted({point.setting.density for point in points})
         curves: dict[str, dict[str, np.ndarray]] = {}
@@ -258,20 +259,20 @@ class Explorer:
         return density_recovery(densities, curves, **ends, ylabel=score, title=title) if curves else None
 
     def skill_map(self, point: Point) -> Figure:
-        """Draw where the entries of a patch are, in percent."""
+        """Draw the entries of a patch by layer and module, in percent."""
         place = point.place
         title = f"Where the {point.entries:,} entries are"
         return skill_map(100 * place.share, place.layers, place.modules, label="percent of the patch", title=title)
 
     @torch.no_grad()
     def ask(self, text: str) -> dict[str, dict[str, float]]:
-        """What base, donor and graft say to a sentence.
+        """Ask base, donor and graft to classify a sentence.
 
         Args:
             text: The sentence.
 
         Returns:
-            Probability by label, by model; the graft is left out while there is none.
+            Probabilities by model and label; without the graft before the first one is made.
 
         Raises:
             ValueError: There is no text.
@@ -293,7 +294,7 @@ class Explorer:
 
 
 def table(explorer: Explorer, point: Point | None) -> str:
-    """Base, donor and graft side by side, and what the graft costs, in markdown."""
+    """Return a Markdown table of base, donor and graft, and the size of the graft."""
     columns = ("accuracy", "f1", "ece", "loss", "agreement")
     scores = explorer.scores | ({"graft": point.scores} if point else {})
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -310,6 +311,6 @@ def table(explorer: Explorer, point: Point | None) -> str:
 
 
 def _rows_seen(demo: Path) -> int:
-    """How many rows of the training data the demo's donor has seen."""
+    """Return the number of rows of the training data that the demo's donor was trained on."""
     record = demo / "donor_metrics.json"
     return json.loads(record.read_text(encoding="utf-8"))["rows"]["train"] if record.is_file() else DONOR_ROWS

@@ -2,11 +2,15 @@
 
     python examples/graft.py                                  # makes its own donor from the embedded task, offline
     accelerate launch examples/graft.py --base B --donor D \\
-        --train train.jsonl --validation validation.jsonl --density 1e-4 --output_dir out
+        --train train.jsonl --validation validation.jsonl --density 1e-4 --output-dir out
 
-prints base, donor and graft side by side; saves the adapter in `--output_dir`, with a model card that tells what was
-measured and `metrics.json` beside it, and loads the adapter back to check that its logits are the same. --train is
-split: some rows fit alpha, the others train (or score) the mask. --validation is only measured on.
+The run has four steps: measure base and donor, make the patch, measure the graft, and save it. It prints the scores of
+base, donor and graft side by side. The adapter goes to `--output-dir` with a model card and `metrics.json`, and is
+loaded back to check that its logits are equal.
+
+Three sets of rows are kept apart. `--calibration-samples` rows of --train fit alpha, `--max-train-samples` others train
+(or score) the mask, and --validation only measures. Use rows that the donor was not trained on if you have some; pass
+over its rows with `--skip-train-samples`. Without --base and --donor, a donor is made first, on a built-in task.
 """
 
 from __future__ import annotations
@@ -42,31 +46,37 @@ from peft_graft.training.initialize import last_checkpoint
 from peft_graft.workflows.push import write_card
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-DONOR_ROWS = 2048  # that a donor made here is trained on
+DONOR_ROWS = 2048  # training rows of a donor that is made here
 
 
 @dataclass
 class GraftArguments:
-    """What to graft, how much of it, and what to measure it on."""
+    """Flags: the models, the budget, the rule, the data, and how long to train."""
 
-    base: str | None = field(default=None, metadata={"help": "Base: directory or Hub id. Default: made here."})
+    base: str | None = field(
+        default=None, metadata={"help": "Base model: directory or Hub id. Default: made here, with its donor."}
+    )
     donor: str | None = field(
-        default=None, metadata={"help": "Fine-tuned base: directory or Hub id. Default: made here."}
+        default=None, metadata={"help": "Donor, the fine-tuned base: directory or Hub id. Default: made here."}
     )
     train: str = field(
         default=tasks.DOCSTRINGS,
         metadata={
-            "help": "Data for mask and alpha, best not the donor's own: .json/.jsonl/.csv file, Hub data set as "
-            "id[:config[:split]], or 'docstrings', the embedded task."
+            "help": "Rows that fit mask and alpha, preferably not the donor's own: a .json, .jsonl or .csv file, a Hub "
+            "data set as id[:config[:split]], or 'docstrings', the embedded task."
         },
     )
     validation: str | None = field(
-        default=None, metadata={"help": "Data to measure on. Default: the test split of the embedded task."}
+        default=None, metadata={"help": "Rows to measure on. Default: the test split of the embedded task."}
     )
-    text_columns: list[str] | None = field(default=None, metadata={"help": "One text column or, for pairs, two."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "Text column, or two columns for pairs. Default: as found."}
+    )
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    density: float | None = field(default=None, metadata={"help": "Share of the eligible entries. Default 1e-3."})
-    num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
+    density: float | None = field(
+        default=None, metadata={"help": "Share of the eligible entries to take, in (0, 1]. Default 1e-3."}
+    )
+    num_params: int | None = field(default=None, metadata={"help": "Number of entries to take, instead of --density."})
     selection: str = field(
         default="learned",
         metadata={
@@ -75,39 +85,49 @@ class GraftArguments:
         },
     )
     alpha: str = field(default="auto", metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
-    alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha ('global') or one per 'tensor'."})
-    candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Of the mask logits, which start in [-1, 1]."})
-    epochs: float = field(default=2.0, metadata={"help": "Passes over the mask's training rows."})
+    alpha_scope: str = field(
+        default="global", metadata={"help": "Fit one alpha for all tensors ('global') or one per 'tensor'."}
+    )
+    candidate_ratio: float = field(
+        default=10.0, metadata={"help": "Candidates of a learned mask, as a multiple of the budget."}
+    )
+    learning_rate: float = field(
+        default=0.1, metadata={"help": "Learning rate of the mask logits, which start in [-1, 1]."}
+    )
+    epochs: float = field(default=2.0, metadata={"help": "Passes of a learned mask over its training rows."})
     batch_size: int = field(default=32, metadata={"help": "Rows per step on each device."})
     max_train_samples: int = field(default=2048, metadata={"help": "Rows that train or score the mask."})
-    calibration_samples: int = field(default=512, metadata={"help": "Further rows of --train that fit alpha."})
+    calibration_samples: int = field(default=512, metadata={"help": "Other rows of --train that fit alpha."})
     skip_train_samples: int = field(
-        default=0, metadata={"help": "Shuffled rows of --train to pass over: those that the donor was trained on."}
+        default=0, metadata={"help": "Shuffled rows of --train to skip, because the donor was trained on them."}
     )
-    max_validation_samples: int | None = field(default=None, metadata={"help": "Measure on this many rows."})
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "Measure on this many rows. Default: all."}
+    )
     max_length: int = field(default=64, metadata={"help": "Tokens per text; longer ones are cut."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows, their order and the selection."})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint of an interrupted run (in <output_dir>/checkpoints), or 'last' of them, if any."},
+        metadata={
+            "help": "Checkpoint to resume (in <output-dir>/checkpoints), or 'last' for the last complete one, if any."
+        },
     )
-    save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every so many steps; 0 for none."})
+    save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every this many steps; 0 for none."})
     data_name: str | None = field(
-        default=None, metadata={"help": "What the card calls the data, such as SST-2; default: the names of the files."}
+        default=None, metadata={"help": "Name of the data in the card, such as SST-2. Default: the names of the files."}
     )
     output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
 
 
 def batches(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 64) -> list[dict[str, torch.Tensor]]:
-    """Batches of rows of alike length, each padded to its own longest row."""
+    """Return batches of rows of similar length, each padded to its own longest row."""
     collate = tasks.collator(tokenizer)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
     return [dict(collate([encoded[row] for row in order[i : i + size]])) for i in range(0, len(order), size)]
 
 
 def named(source: str, args: GraftArguments) -> str:
-    """What the card calls a file of rows."""
+    """Return the name of a file of rows in the card."""
     return f"{args.data_name} ({Path(source).name})" if args.data_name else source
 
 
@@ -119,15 +139,15 @@ def fit(
     calibration: Dataset,
     args: GraftArguments,
 ) -> PeftModel:
-    """Graft: select or learn the mask on `train`, fit alpha on `calibration`.
+    """Graft a donor into a base: select or learn the mask on `train`, fit alpha on `calibration`.
 
     Args:
         base: The base, which is wrapped in place.
-        donor: Anything that `GraftConfig(donor=...)` takes.
-        tokenizer: For padding.
+        donor: Directory, Hub id or module, as for `GraftConfig(donor=...)`.
+        tokenizer: Tokenizer of the base, for padding.
         train: Tokenized rows for the mask.
         calibration: Tokenized rows for alpha.
-        args: Everything that `--help` explains.
+        args: Flags, see `--help`.
 
     Returns:
         The grafted model, in evaluation mode.
@@ -139,7 +159,7 @@ def fit(
         density=density,
         num_params=args.num_params,
         selection=args.selection,
-        candidates=args.candidates,
+        candidates=args.candidate_ratio,
         alpha="auto" if args.alpha == "auto" else float(args.alpha),
         alpha_scope=args.alpha_scope,
         task_type="SEQ_CLS",
@@ -182,13 +202,13 @@ def own_donor(args: GraftArguments) -> tuple[Path, Path]:
     """Make a donor in the output directory, or find the one that was made there.
 
     Args:
-        args: Everything that `--help` explains. The donor is trained on the first `DONOR_ROWS` shuffled rows of train.
+        args: Flags, see `--help`. The donor is trained on the first `DONOR_ROWS` shuffled rows of train.
 
     Returns:
         Directories of base and donor.
 
     Raises:
-        ValueError: The donor that is there was made with other flags.
+        ValueError: The directory holds a donor that was made with other flags.
     """
     out, state = Path(args.output_dir), tasks.launched()
     donor_args = DonorArguments(
@@ -200,7 +220,7 @@ def own_donor(args: GraftArguments) -> tuple[Path, Path]:
         if made != json.loads(json.dumps(asdict(donor_args))):
             raise ValueError(
                 f"output_dir must hold no donor made with other flags, got {args.output_dir!r}. "
-                "Choose another --output_dir, or name the donor with --base and --donor."
+                "Choose another --output-dir, or name the donor with --base and --donor."
             )
     else:
         print("making the donor: a linear probe of the head, then fine-tuning ...", flush=True)
@@ -212,13 +232,13 @@ def own_donor(args: GraftArguments) -> tuple[Path, Path]:
 
 
 def run(args: GraftArguments) -> dict[str, Any]:
-    """Graft, save, measure, reload.
+    """Measure base and donor, graft, measure, save, and check the saved adapter.
 
     Args:
-        args: Everything that `--help` explains.
+        args: Flags, see `--help`.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
         ValueError: The flags do not fit together, or the reloaded adapter differs.
@@ -302,7 +322,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Base, donor and graft side by side, and what the graft costs."""
+    """Return a table of base, donor and graft, and the size of the graft, as text."""
     columns = ("accuracy", "f1", "ece", "loss", "agreement")
     lines = [f"{'':6}" + "".join(f"{name:>11}" for name in columns)]
     for name in ("base", "donor", "graft"):
@@ -319,7 +339,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read the flags, graft, print the table."""
+    """Read the flags, run, and print the table."""
     parser = HfArgumentParser(GraftArguments, description=__doc__.partition("\n")[0])
     (args,) = parser.parse_args_into_dataclasses()
     report = run(args)

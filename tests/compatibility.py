@@ -125,9 +125,10 @@ _OPTION = "--compatibility"
 _VERSIONS = "Written with "
 _HEAD = f"""# What works with PEFT
 
-Written by `make compatibility`, only from tests that passed in that run: a row says "works" when all the tests beside
-it passed, and "no" when they showed the error that one gets. The default suite compares it with the tests, which are in
-`tests/`, so that nobody edits it by hand. Besides, `make suites` puts grafts through PEFT's own tests.
+Each row names the tests that show it, in `tests/`. "works" means that all of them pass; "no" means that they show the
+error that you get instead. `make compatibility` writes this page, and only if every test passed in that run. The
+default test suite checks that page and tests agree, so do not edit it by hand. `make suites` also runs PEFT's own
+tests with grafts.
 
 {_VERSIONS}"""
 

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["compatibility"]
+pytest_plugins = ["compatibility", "tiny_world"]
 
 
 @pytest.fixture(autouse=True)

@@ -17,14 +17,13 @@ import torch
 
 from explore import ExploreArguments, Explorer, Setting, demo_is_made, table
 from peft_graft import DonorError
-from test_examples import world  # noqa: F401 - a fixture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {"rows": 48, "mask_rows": 48, "calibration_rows": 32, "skip_train_samples": 64}
 
 
 @pytest.fixture(scope="module")
-def explorer(world: dict[str, str]) -> Iterator[Explorer]:  # noqa: F811
+def explorer(world: dict[str, str]) -> Iterator[Explorer]:
     made = Explorer(ExploreArguments(**world, **SMALL))  # type: ignore[arg-type]
     yield made
     made.close()
@@ -86,14 +85,14 @@ def test_no_sentence_is_refused(explorer: Explorer) -> None:
         explorer.ask("  ")
 
 
-def test_a_base_needs_its_donor(world: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_base_needs_its_donor(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base and donor must be given together"):
         Explorer(ExploreArguments(base=world["base"]))
     assert demo_is_made(ExploreArguments(donor=world["donor"]))
     assert not demo_is_made(ExploreArguments(demo_dir=str(tmp_path)))
 
 
-def test_a_donor_of_another_base_is_refused_at_once(world: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_donor_of_another_base_is_refused_at_once(world: dict[str, str], tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     other = AutoModelForSequenceClassification.from_pretrained(world["base"], num_hidden_layers=1)
@@ -157,7 +156,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(_missing()), reason=f"the page needs a browser: {_missing()}")
-def test_the_page(page: str, browser: Any, world: dict[str, str]) -> None:  # noqa: F811
+def test_the_page(page: str, browser: Any, world: dict[str, str]) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait

@@ -23,7 +23,6 @@ import on_ranks
 from learning import learner, trainer
 from peft_graft.training.initialize import last_checkpoint
 from peft_graft.tuner.trainer import COMPLETE
-from test_examples import world  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -258,7 +257,7 @@ def test_a_base_that_was_never_whole_is_grafted_without_data(tmp_path: Path) -> 
     assert adapter(tmp_path / "partitioned" / "adapter") == adapter(tmp_path / "partitioned" / "wanted")
 
 
-def flags(world: dict[str, str], out: Path) -> list[str]:  # noqa: F811
+def flags(world: dict[str, str], out: Path) -> list[str]:
     """What to tell the example."""
     options = {"density": 0.05, "calibration_samples": 32, "max_train_samples": 64, "skip_train_samples": 64}
     options |= {"batch_size": 8, "epochs": 5, "save_steps": 2, "resume_from_checkpoint": "last", "output_dir": out}
@@ -266,7 +265,7 @@ def flags(world: dict[str, str], out: Path) -> list[str]:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def example(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def example(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What examples/graft.py makes of two undisturbed processes."""
     out = tmp_path_factory.mktemp("example")
     launch("ddp", out, *flags(world, out))
@@ -280,7 +279,7 @@ def test_the_example_survives_the_kill_of_a_rank(
     engine: str,
     rank: int,
     example: Path,
-    world: dict[str, str],  # noqa: F811
+    world: dict[str, str],
     tmp_path: Path,
 ) -> None:
     """It is killed while it writes a checkpoint; the same command again goes on, and ends as if nothing had been."""

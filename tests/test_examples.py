@@ -8,56 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
-from transformers import BertTokenizer
+from transformers import HfArgumentParser
 
 import tasks
 from graft import ADAPTER_FILES, GraftArguments, run, table
-from make_donor import DonorArguments, make_donor
-from models import VOCAB_SIZE, tiny_bert
+from make_donor import DonorArguments
 
-WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "music", "the", "a", "was", "is", "very"]
 README = Path(__file__).parents[1] / "README.md"
-
-
-def write_rows(path: Path, count: int, seed: int) -> str:
-    generator = torch.Generator().manual_seed(seed)
-    lines = []
-    for _ in range(count):
-        label = int(torch.randint(2, (), generator=generator))
-        word = WORDS[label * 3 + int(torch.randint(3, (), generator=generator))]
-        rest = [WORDS[int(i)] for i in torch.randint(6, len(WORDS), (4,), generator=generator)]
-        lines.append(json.dumps({"sentence": " ".join([*rest, word]), "label": ["worse", "better"][1 - label]}))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("world")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary += [f"[unused{i}]" for i in range(VOCAB_SIZE - len(vocabulary))]
-    (root / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    (root / "model").mkdir()
-    BertTokenizer(str(root / "vocab.txt")).save_pretrained(root / "model")
-    tiny_bert().save_pretrained(root / "model")
-    paths = {name: write_rows(root / f"{name}.jsonl", count, seed) for name, count, seed in
-             (("train", 160, 0), ("validation", 48, 1))}  # fmt: skip
-    made = make_donor(
-        DonorArguments(
-            model=str(root / "model"),
-            **paths,
-            max_train_samples=64,
-            optimizer="adamw",
-            learning_rate=5e-3,
-            epochs=30,
-            batch_size=16,
-            output_dir=str(root / "made"),
-        )  # fmt: skip
-    )
-    assert made["donor"]["loss"] < made["base"]["loss"]
-    return {"base": str(root / "made" / "base"), "donor": str(root / "made" / "donor"), **paths}
 
 
 def arguments(world: dict[str, str], out: Path, **changes: object) -> GraftArguments:
@@ -89,6 +47,14 @@ def test_graft_resumes_a_killed_run(world: dict[str, str], tmp_path: Path) -> No
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
     assert files[0] == files[1]
     assert resumed["alpha"] == whole["alpha"]
+
+
+@pytest.mark.parametrize("flags", [GraftArguments, DonorArguments])
+def test_flags_are_written_with_hyphens_or_underscores(flags: type) -> None:
+    words = ["--base", "b", "--text-columns", "one", "two", "--output-dir", "out"]
+    for line in (words, [word.replace("text-columns", "text_columns").replace("-dir", "_dir") for word in words]):
+        (read,) = HfArgumentParser(flags).parse_args_into_dataclasses(line)
+        assert (read.base, read.text_columns, read.output_dir) == ("b", ["one", "two"], "out")
 
 
 def test_base_without_donor_is_refused(world: dict[str, str], tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ def _is_command_line() -> bool:
 
 # The command line imports what a command needs, when it runs: `peft-graft --help` must not wait for torch and peft.
 if not _is_command_line():
+    from .peft_compat import register as register  # first, because it names everything that is missing at once
+
+    # isort: split
     from .checkpoints.pairing import DonorError
     from .patch.patch import Patch, PatchError
     from .selection.rules import RULES, SelectionError

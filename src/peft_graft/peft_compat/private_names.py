@@ -154,6 +154,10 @@ NAMES = (
                 ("base_layer",), elsewhere=True),
     PrivateName(f"{_LAYER}._move_adapter_to_device_of_base_layer", "move a patch without casting the donor's bits",
                 ("adapter_name", "device"), elsewhere=True),
+    PrivateName("peft.utils.ModulesToSaveWrapper.adapter_state_dict", "save a head that is the donor's",
+                ("adapter_name", "state_dict"), elsewhere=True),
+    PrivateName("peft.utils.ModulesToSaveWrapper.delete_adapter", "forget one with its adapter",
+                ("adapter_name", "new_active_adapters"), elsewhere=True),
     # Libraries that few need: looked for on the objects themselves, which are as before where they lack them.
     PrivateName("bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu", "keep 4 bits in an order that can be read",
                 checked=_QUANTIZED),

@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "push_to_hub, from_pretrained of the Hub",
         "AutoPeftModelFor...",
         "loading before `import peft_graft`",
-        "a PEFT before 0.20",
+        "a PEFT before 0.21",
         "another base",
         "loading under another name",
         "load_adapter over a loaded one",

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "peft_graft"
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 # From the ground up. A room imports from lower floors, never from beside or above.
 FLOORS = (
-    ("peft_compat", "checkpoints"),
+    ("peft_compat",),
+    ("checkpoints",),
     ("selection", "patch"),
     ("analysis", "adapter_files"),
     ("tuner",),

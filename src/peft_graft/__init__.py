@@ -1,5 +1,8 @@
 """Turn a fine-tuned checkpoint into a small PEFT adapter. Importing this package registers GRAFT with PEFT."""
 
+from .peft_compat import register as register  # first, because it names everything that is missing at once
+
+# isort: split
 from .checkpoints.pairing import DonorError
 from .patch.combinations import register_combination
 from .patch.patch import Patch, PatchError

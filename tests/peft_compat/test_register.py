@@ -10,19 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import tuners_utils
 
 from grafts import graft, output, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import GraftConfig, GraftModel
-from peft_graft.peft_compat import register as _register
+from peft_graft.peft_compat import register
 
-SOURCE = str(Path(_register.__file__).parents[2])
+SOURCE = str(Path(register.__file__).parents[2])
 
 
 def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -52,35 +50,11 @@ def test_the_member_is_like_any_other() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = list(PeftType)
-    assert _register._extend_enum() is PeftType.GRAFT
-    importlib.reload(_register)
+    assert register.extend_enum() is PeftType.GRAFT
+    importlib.reload(register)
     assert list(PeftType) == before
     with pytest.raises(ValueError, match="'GRAFTS' is not a valid PeftType"):
         PeftType("GRAFTS")
-
-
-@pytest.mark.feature("a PEFT before 0.20", "no: ImportError at once, which names the versions")
-@pytest.mark.parametrize(
-    ("owner", "name", "missing"),
-    [
-        (tuners_utils.BaseTuner, "_replace_module", "BaseTuner._replace_module"),
-        (tuners_utils, "check_adapters_to_merge", "tuners_utils.check_adapters_to_merge"),
-    ],
-)
-def test_a_peft_without_what_is_needed_is_refused_by_name(
-    owner: object, name: str, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _register.check_peft()
-    monkeypatch.delattr(owner, name)
-    monkeypatch.setattr(peft, "__version__", "0.12.0")
-    with pytest.raises(ImportError, match=rf"peft must be >=0.20, got 0.12.0, which lacks {missing}.*pip install"):
-        _register.check_peft()
-
-
-def test_a_peft_that_injects_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuners_utils.BaseTuner, "inject_adapter", lambda self, model, adapter_name: None)
-    with pytest.raises(ImportError, match=r"lacks BaseTuner.inject_adapter\(state_dict=\)"):
-        _register.check_peft()
 
 
 @pytest.mark.feature("AutoPeftModelFor...")

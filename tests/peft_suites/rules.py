@@ -71,7 +71,7 @@ DESELECTED = [
     Rule(
         r"::test_multiple_adapters_(same_modules_to_save|seq_cls_mixed_modules_to_save)_merging_adapters",
         "wants a refusal of two adapters with the same head; a graft refuses heads that differ "
-        "(tests/tuner/test_combine.py), and these are equal",
+        "(tests/tuner/test_weighted.py), and these are equal",
     ),
     Rule(r"::test_add_weighted_adapter_cat_with_rank_pattern", "about ranks"),
     Rule(r"::TestHotSwapping", "hot-swapping is closed to all methods but LoRA"),
@@ -104,7 +104,7 @@ DESELECTED = [
     Rule(
         r"target_parameters.*::test_(generate_with_)?mixed_adapter_batches\[",
         "wants a refusal in LoRA's words; a graft runs experts row by row, and refuses those that repeat rows in its "
-        "own (tests/tuner/test_rows.py)",
+        "own (tests/tuner/apply/test_per_row.py)",
     ),
     Rule(
         r"::test_training_gradient_checkpointing\[True-learned everything.*Deberta",
@@ -151,7 +151,7 @@ DESELECTED = [
     ),
     Rule(
         r"::test_mixed_adapter_batches_(mha_raises|length_mismatch_raises|training_mode_raises|merged_raises)",
-        "wants LoRA's words in the error; a graft refuses too, in its own (tests/tuner/test_rows.py)",
+        "wants LoRA's words in the error; a graft refuses too, in its own (tests/tuner/apply/test_per_row.py)",
     ),
 ]
 

@@ -6,7 +6,6 @@ import copy
 from itertools import permutations
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -63,7 +62,6 @@ def test_adapters_with_other_targets_stand_side_by_side() -> None:
 
 @pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 @pytest.mark.feature("requires_grad of several adapters")
-@pytest.mark.skipif(peft.__version__ < "0.21", reason="0.20 freezes all when one in inference mode is added")
 def test_adding_an_adapter_does_not_activate_it_or_change_the_active_one() -> None:
     base = MLP()
     model = graft(base, donors(base)[0], adapter_name="x", density=0.5, selection="learned")

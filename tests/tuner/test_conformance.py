@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, cast_mixed_precision_params, get_model_status, get_peft_model
@@ -146,7 +145,6 @@ def test_layers_are_switched_off_and_on() -> None:
     assert same_bits(output(model, X), before)
 
 
-@pytest.mark.skipif(peft.__version__ < "0.21", reason="PEFT 0.20 lets some of these names pass")
 @pytest.mark.feature("set_adapter, add_adapter, delete_adapter")
 def test_names_that_do_not_fit_are_refused_and_change_nothing() -> None:
     model = two()

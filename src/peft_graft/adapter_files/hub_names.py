@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from ..patch.atomic import atomic_file
+from ..peft_compat.huggingface_hub_names import repo_folder_name
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..peft_compat.torch_names import COMPILED
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What the tensors of a base, a donor and a patch may hold.
@@ -205,14 +207,14 @@ class ModuleDonor:
         while True:
             if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
                 module = module.module
-            elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            elif isinstance(inner := getattr(module, COMPILED, None), nn.Module):
                 module = inner
             else:
                 break
         self.name = type(module).__name__
         # Submodules may be compiled too, hence the replacement inside names.
         self._parameters = {
-            name.replace("_orig_mod.", ""): parameter
+            name.replace(f"{COMPILED}.", ""): parameter
             for name, parameter in module.named_parameters(remove_duplicate=False)
         }
 

@@ -1,1 +1,1 @@
-"""Hold every private name of PEFT, transformers and torch that this package leans on."""
+"""Hold every private name of PEFT, transformers, torch and their like that this package leans on, checked at import."""

@@ -1,7 +1,6 @@
 """GRAFT as a PEFT method: importing this package registers it."""
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from ..peft_compat.register import GRAFT
@@ -14,7 +13,3 @@ __all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "Sidecar"]
 
 if GRAFT not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="graft", config_cls=GraftConfig, model_cls=GraftModel)
-if not hasattr(BaseTuner, "_get_adapter_state_dict"):
-    from .legacy import install
-
-    install()

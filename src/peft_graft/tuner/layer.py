@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..patch.combine import align, scaled, spread, total
+from ..peft_compat.peft_names import check_adapters_to_merge
 from .apply.forward import PatchedRun
 from .apply.in_place import is_held, overwrite, own_copy, own_entries, restore_copy, restored, undisturbed
 from .apply.per_row import Rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import warnings
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,14 +10,13 @@ import torch
 from torch import nn
 
 from ..checkpoints.donor import MAX_LISTED
+from ..peft_compat.torch_names import version_of
 from ..selection.rules import SelectionError, top_k_mask
 from .backends import collectives
 from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
     from .config import GraftConfig
-
-_version = operator.attrgetter("_version")
 
 
 class Changes:
@@ -242,14 +240,14 @@ class GraftState:
         own = slot.owned_logits(param)
         # Every layer asks at every step, so it must be cheap to see that nothing changed.
         known = own is not None and self._seen.get(name) is own and self._masks[name].device == self._index(name).device
-        if not known or sum(map(_version, self._seen.values())) != self._versions:
+        if not known or sum(map(version_of, self._seen.values())) != self._versions:
             logits = self.logits()
             masks = self.masks_of({key: whole(values) for key, values in logits.items()})
             masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
             if not _are_equal(masks, self._masks):
                 self.making = Changes.note()
             self._masks = masks
-            self._seen, self._versions = logits, sum(map(_version, logits.values()))
+            self._seen, self._versions = logits, sum(map(version_of, logits.values()))
             self._settled = () if torch.is_grad_enabled() else self._holders()
         return self._masks[name]
 

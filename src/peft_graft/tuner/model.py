@@ -10,18 +10,18 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.other import _get_submodules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.pairing import Donor, DonorError
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
+from ..peft_compat.peft_names import get_submodules
 from ..selection.rules import resolve_budget
 from .apply.forward import calling
 from .apply.mixed import rows_of
 from .backends.offloaded import identity, own_names, require_memory
-from .backends.quantized import GraftQuantizedLinear, find_backend, require_float
+from .backends.quantized import find_backend, require_float
 from .backends.sharded import gather_with, is_partitionable
 from .build_patch import PatchMaker, Target
 from .config import GraftConfig
@@ -31,6 +31,7 @@ from .mask import GraftState
 from .modules_to_save import copy_heads, name_heads
 from .parameter_hooks import SIDECAR, Sidecar
 from .publishing import keep_card, watch_trainers
+from .quantized_layer import GraftQuantizedLinear
 from .state_dict import pack, unpack
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 from .weighted import combine, read_patch
@@ -191,7 +192,7 @@ class GraftModel(PatchMaker, BaseTuner):
                         f"target_parameters must name parameters of submodules, got {name!r}, which the model itself "
                         "owns. Wrap the model in another module."
                     )
-                parent, target, target_name = _get_submodules(model, key) if key else (model, model, "")
+                parent, target, target_name = get_submodules(model, key) if key else (model, model, "")
                 from_file = self.states[adapter_name].awaits_file
                 self._wrap(parent, target_name, target, key, from_file).add_slot(adapter_name, [param])
                 found.append(name)
@@ -210,7 +211,7 @@ class GraftModel(PatchMaker, BaseTuner):
             inside = ".base_layer" in f".{key}" or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
             if inside or owners.keys().isdisjoint(identity(module, name) for name in own_names(module)):
                 continue
-            parent, target, target_name = _get_submodules(model, key)
+            parent, target, target_name = get_submodules(model, key)
             if not isinstance(parent, GraftLayer) and not isinstance(target, GraftLayer):
                 self._wrap(parent, target_name, target, key)
         for layer in self._layers():

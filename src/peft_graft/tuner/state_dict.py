@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key
+from ..peft_compat.torch_names import FSDP_WRAPPED
 from .backends.sharded import GATHER, is_sharded, whole, whole_shape
 from .layer import GraftLayer
 from .mask import GraftState, Slot
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .config import GraftConfig
 
 _ROOT = "base_model.model."
-_FSDP = "_fsdp_wrapped_module."
+_FSDP = f"{FSDP_WRAPPED}."
 
 
 class _Place(NamedTuple):

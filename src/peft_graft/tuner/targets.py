@@ -7,16 +7,16 @@ import re
 import warnings
 from typing import TYPE_CHECKING
 
-from peft.tuners.tuners_utils import (
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..peft_compat.peft_names import (
+    check_target_module_exists,
+    find_minimal_target_modules,
+    include_all_linear_layers,
+)
+from ..peft_compat.torch_names import COMPILED as _COMPILED
 from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
 from .parameter_hooks import SIDECAR
@@ -24,7 +24,7 @@ from .parameter_hooks import SIDECAR
 if TYPE_CHECKING:
     from .config import GraftConfig
 
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model
+COMPILED = f"{_COMPILED}."  # what torch.compile puts before the names of a model
 
 
 def is_wrappable(module: nn.Module) -> bool:
@@ -145,7 +145,7 @@ def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
     everything = config.target_modules == "all"
     if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND and config.layers_to_transform is not None:
         # PEFT would name the modules in full and then not look at their layers.
-        found = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+        found = include_all_linear_layers(copy.copy(config), model).target_modules
         config.target_modules = {name for name in found if _is_wanted(config, name)}
     if not everything and (config.target_modules is not None or config.target_parameters is not None):
         return config
@@ -176,7 +176,7 @@ def _is_wanted(config: GraftConfig, key: str) -> bool:
 
 def _shortened(names: list[str], others: list[str]) -> set[str] | str:
     """Suffixes that match these modules and no others, or a regular expression where there are none."""
-    short = _find_minimal_target_modules(names, others) if names and others else set(names)
+    short = find_minimal_target_modules(names, others) if names and others else set(names)
 
     def matches(key: str) -> bool:
         return key in short or any(key.endswith(f".{suffix}") for suffix in short)

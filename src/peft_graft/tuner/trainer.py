@@ -8,9 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..peft_compat.transformers_names import PREFIX_CHECKPOINT_DIR, ExportableState, default_callbacks
 from .mask import GraftState
 
 COMPLETE = "complete"  # a file that says that every rank has written its part of a checkpoint
@@ -96,8 +95,6 @@ def _grafts(model: Any) -> dict[str, GraftState]:
 
 def register_with_trainer(callback: type[TrainerCallback] = MaskCheckpoint) -> None:
     """Add a callback to those that every Trainer starts with, once."""
-    from transformers import trainer  # imported late: only who trains needs it
-
-    if callback not in trainer.DEFAULT_CALLBACKS:
-        callbacks: list[type[TrainerCallback]] = trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+    callbacks = default_callbacks()
+    if callback not in callbacks:
         callbacks.append(callback)

@@ -17,7 +17,6 @@ from huggingface_hub.utils import tqdm
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
-from transformers.models.auto import modeling_auto
 
 from ..checkpoints.block_reader import MOST_WORKERS, Pairs, in_order, pool_of
 from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
@@ -32,6 +31,7 @@ from ..checkpoints.pairing import (
 )
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
+from ..peft_compat.transformers_names import modeling_auto
 from ..selection.rules import SelectionError, get_rule
 from ..selection.streaming import Sieve, Taken
 from ..tuner import GraftConfig, GraftModel

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Torc
 from grafts import graft, held, output, same_bits
 from models import inputs, perturbed
 from peft_graft import GraftConfig, PatchError
-from peft_graft.tuner.backends.quantized import GraftQuantizedLinear
+from peft_graft.tuner.quantized_layer import GraftQuantizedLinear
 
 
 def wide_llama(seed: int = 0) -> LlamaForCausalLM:

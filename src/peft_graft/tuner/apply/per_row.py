@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...peft_compat.torch_names import DisableTorchFunctionSubclass
+
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
@@ -125,5 +127,5 @@ class OnlyMetadata(torch.Tensor):
                 "adapter_names must name adapters that patch modules run row by row, got a patch of a parameter that "
                 f"another module reads ({getattr(func, '__name__', func)}). Run one adapter at a time with set_adapter."
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ...peft_compat.torch_names import hooks_of, without_view_mark
+from ...peft_compat.transformers_names import is_experts
 from .in_place import patched_copy, written
 
 Kernel = Literal["gathered", "sampled", "dense"]
 
 # Their forward is one function of input, weight and bias, and returns no view of these.
 _SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Part(NamedTuple):
@@ -137,11 +138,6 @@ def product_at(
     return total
 
 
-def _own(result: torch.Tensor) -> torch.Tensor:
-    """The result without the mark of a view: models write to what a layer returns, and a Function's views forbid it."""
-    return torch.ops.aten._unsafe_view(result, result.shape)
-
-
 class _PatchedLinear(torch.autograd.Function):
     """y = x W^T + b (x W + b for Conv1D) with patches on W and b, whose gradients are taken only where wanted."""
 
@@ -168,7 +164,7 @@ class _PatchedLinear(torch.autograd.Function):
                 y = F.linear(x, patched, bias)
             else:
                 y = torch.addmm(bias, x.view(-1, x.size(-1)), patched).view(*x.shape[:-1], -1)
-        return _own(y)
+        return without_view_mark(y)  # models write to what a layer returns, and a Function's views forbid it
 
     @staticmethod
     @once_differentiable
@@ -225,17 +221,13 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 def is_simple(module: nn.Module) -> bool:
     """Whether the module's output is computed anew from its parameters, and nobody else looks at these meanwhile."""
-    return _is_known(module) and not _hooks(module)
+    return _is_known(module) and not hooks_of(module)
 
 
 def _is_known(module: nn.Module) -> bool:
     # Every model has a norm class of its own, and the experts of transformers have a mark.
-    like = type(module).__name__.endswith("RMSNorm") or "_is_expert_parallel" in vars(module)
+    like = type(module).__name__.endswith("RMSNorm") or is_experts(module)
     return (type(module) in _SIMPLE or like) and "forward" not in vars(module)
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
 
 
 def _gathers(hook: Any) -> bool:
@@ -253,7 +245,7 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
         A function of (module, input, part of the weight, part of the bias or None) that returns what the module
         returns. None where there is none, so that the module itself must run on a patched copy.
     """
-    if not _is_known(module) or not all(map(_gathers, _hooks(module))):
+    if not _is_known(module) or not all(map(_gathers, hooks_of(module))):
         return None
     if any(parameter.requires_grad for parameter in module.parameters()):
         return None

@@ -8,21 +8,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-
-def _offloader(module: nn.Module) -> Any:
-    """The hook that fetches a module's parameters when it runs, or None."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])  # a sequence of hooks, or one
-    return next((each for each in hooks if getattr(each, "offload", False)), None)
+from ...peft_compat.accelerate_names import offloading_hook
 
 
 def own_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that a module itself owns."""
+    """Return the names of the parameters that a module itself owns."""
     return [name for name, parameter in module._parameters.items() if parameter is not None]
 
 
 def real_parameter(module: nn.Module, name: str) -> torch.Tensor:
-    """A module's parameter, or the tensor with its values where it is offloaded.
+    """Return a module's parameter, or the tensor with its values where it is offloaded.
 
     Args:
         module: The module that owns the parameter.
@@ -32,18 +27,18 @@ def real_parameter(module: nn.Module, name: str) -> torch.Tensor:
         The tensor; on the meta device only where there are no values yet.
     """
     parameter = cast(torch.Tensor, module._parameters[name])
-    offloader = _offloader(module) if parameter.is_meta else None
-    return parameter if offloader is None else offloader.weights_map[name]
+    hook = offloading_hook(module) if parameter.is_meta else None
+    return parameter if hook is None else hook.weights_map[name]
 
 
 def where_it_runs(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """Bring a tensor that stands in for a parameter to where the module runs."""
-    offloader = _offloader(module)
-    return tensor if offloader is None else tensor.to(offloader.execution_device)
+    """Bring a tensor that stands in for a parameter to the device where the module runs."""
+    hook = offloading_hook(module)
+    return tensor if hook is None else tensor.to(hook.execution_device)
 
 
 def identity(module: nn.Module, name: str) -> Hashable:
-    """Equal for parameters that are tied, also while they are offloaded."""
+    """Return a key that is equal for parameters that are tied, also while they are offloaded."""
     parameter = module._parameters[name]
     real = real_parameter(module, name)
     return id(parameter) if real is parameter else ("offloaded", real.data_ptr())
@@ -58,7 +53,7 @@ def require_memory(model: nn.Module) -> None:
     """Refuse a base with parameters on disk: every forward would read them to patch a copy, and no merge would last.
 
     Raises:
-        ValueError: Names the first of them.
+        ValueError: Some parameters are on disk; the message names the first three.
     """
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     on_disk = [name or "all of it" for name, place in places.items() if place == "disk"]
@@ -80,7 +75,7 @@ def require_gradients(holders: Mapping[str, tuple[nn.Module, str]]) -> None:
         holders: By tensor name, the module that owns the parameter, and the parameter's name there.
 
     Raises:
-        ValueError: Names the first of them.
+        ValueError: Some parameters are offloaded; the message names the first.
     """
     away = [
         name

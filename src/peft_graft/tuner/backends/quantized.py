@@ -1,17 +1,21 @@
-"""GraftQuantizedLinear: a patch made on the float base, on a Linear that bitsandbytes or torchao has quantized."""
+"""Quantized bases: find how a Linear of bitsandbytes or torchao is read, and refuse what needs exact floats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol
 
-import torch
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import nn
-from torch.nn import functional as F
 
-from ..layer import GraftLayer, GraftLinear
-from ..mask import GraftState
+from ...peft_compat.bitsandbytes_names import is_packed_for_cpu, keep_packing_readable
+from ...peft_compat.peft_names import QuantizationBackend, resolve_quantization_backend
+
+
+class Quantizable(Protocol):
+    """A grafted layer, as far as this module looks at it."""
+
+    tensor_prefix: str
+    quantization_backend: QuantizationBackend | None
 
 
 def find_backend(module: nn.Module) -> QuantizationBackend | None:
@@ -21,42 +25,45 @@ def find_backend(module: nn.Module) -> QuantizationBackend | None:
         module: Any module.
 
     Returns:
-        The way; None where the module is no quantized Linear, or one that cannot be read.
+        PEFT's backend; None where the module is no quantized Linear, or one that cannot be read.
     """
     if not isinstance(module, nn.Linear) or type(module.weight) is nn.Parameter:
         return None  # without asking PEFT, which imports every library for quantization that is installed
-    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=_not_needed)
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=_quantize_nothing)
     return backend if backend is not None and backend.supports_merge else None
 
 
-def _not_needed() -> None:
-    """Stands for how torchao would quantize a merged weight: none is merged."""
+def _quantize_nothing() -> None:
+    """Stand in for torchao's way to quantize a merged weight: none is merged."""
 
 
-def _keep_readable(module: Any, name: str) -> None:
+def keep_readable(module: nn.Module, name: str) -> None:
     """Keep bitsandbytes from packing 4 bits for the CPU (AVX-512) in the first forward: that order cannot be read.
+
+    Args:
+        module: A quantized Linear.
+        name: Its name, for the error message.
 
     Raises:
         ValueError: A forward has packed them already.
     """
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+    if is_packed_for_cpu(module):
         raise ValueError(
             f"base in 4 bits must be grafted before it runs on a CPU, got {name!r}, which bitsandbytes has packed for "
             "this CPU in a forward. Load the base anew, and the graft right after it."
         )
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+    keep_packing_readable(module)
 
 
-def require_float(layers: Iterable[GraftLayer], done: str) -> None:
+def require_float(layers: Iterable[Quantizable], done: str) -> None:
     """Refuse what needs the base's exact values.
 
     Args:
         layers: Grafted layers.
-        done: What cannot be done, such as "merged".
+        done: What cannot be done, as a participle such as "merged".
 
     Raises:
-        ValueError: Names the first quantized layers.
+        ValueError: Some layers are quantized; the message names the first three.
     """
     names = [layer.tensor_prefix for layer in layers if layer.quantization_backend is not None]
     if names:
@@ -64,37 +71,3 @@ def require_float(layers: Iterable[GraftLayer], done: str) -> None:
             f"base must be in a float dtype for grafts to be {done}, got quantized {', '.join(names[:3])}"
             f"{' and more' if names[3:] else ''}. Leave them apart here, or do it on the base before it is quantized."
         )
-
-
-class GraftQuantizedLinear(GraftLinear):
-    """GraftLinear over a quantized weight: x W'^T + b, W' the weight as it reads in floats, with the patch's values.
-
-    Without an active patch the wrapped module runs as it is, in its own arithmetic.
-    """
-
-    def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
-        super().__init__(base_layer, name, states)
-        self.quantization_backend = find_backend(base_layer)
-        _keep_readable(base_layer, name)
-
-    def base_parameter(self, param: str) -> torch.Tensor:
-        """The bias, or a copy of the weight in floats."""
-        return self.get_base_weight().detach() if param == "weight" else super().base_parameter(param)
-
-    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check(adapter_names)
-        patched = {param: self.effective(param, adapter_names) for param in self.keys}
-        if all(tensor is None for tensor in patched.values()):
-            return self.base_layer(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        tensors = [self.base_parameter(param) if tensor is None else tensor for param, tensor in patched.items()]
-        values = dict(zip(patched, (tensor.to(x.dtype) for tensor in tensors), strict=True))
-        return F.linear(x, values["weight"], values.get("bias"))
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse to merge.
-
-        Raises:
-            ValueError: Always: to quantize the patched weight anew would round all of it.
-        """
-        require_float([self], "merged")

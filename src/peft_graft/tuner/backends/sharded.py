@@ -1,4 +1,4 @@
-"""Parameters that an engine keeps in shards, one on each rank: the DTensors of FSDP2 and the partitions of ZeRO-3."""
+"""Sharded bases: parameters of which each rank keeps a part, the DTensors of FSDP2 and the partitions of ZeRO-3."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from ...peft_compat.deepspeed_names import partition_of
+
 GATHER = (
     "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a "
     "forward without gradients, the mask is known and it is not needed."
@@ -18,7 +20,7 @@ UNGATHERED = "Run the model as the engine returned it, so that it gathers them."
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether this process holds only a part of the values at the moment."""
+    """Return whether this process holds only a part of the values at the moment."""
     return hasattr(parameter, "full_tensor") or _is_partitioned(parameter)
 
 
@@ -27,35 +29,37 @@ def _is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter; between two forwards ZeRO-3 leaves a stand-in of shape (0,)."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Return the shape of the whole parameter; between two forwards ZeRO-3 leaves a stand-in of shape (0,)."""
+    partition = partition_of(parameter)
+    return tuple(parameter.shape) if partition is None else partition.shape
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All values of a parameter, detached. Where it is sharded, every rank must call this together.
+    """Return all values of a parameter, detached. Where it is sharded, every rank must call this together.
 
     ZeRO-3's own way to gather would release what a running module needs, hence a sum in which each rank gives its part.
     """
     held: Any = parameter
     if hasattr(held, "full_tensor"):
         return held.detach().full_tensor()
-    if not _is_partitioned(held):
+    partition = partition_of(held)
+    if partition is None or not _is_partitioned(held):
         return held.detach()
-    group, part = held.ds_process_group, held.ds_tensor.detach()
+    group, part = partition.group, partition.part.detach()
     start = distributed.get_rank(group) * part.numel()
     flat = torch.zeros(part.numel() * distributed.get_world_size(group), dtype=part.dtype, device=parameter.device)
     flat[start : start + part.numel()] = part.to(flat.device)
     distributed.all_reduce(flat, group=group)
-    return flat[: held.ds_numel].view(held.ds_shape)
+    return flat[: partition.numel].view(partition.shape)
 
 
 def is_partitionable(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has taken over this parameter."""
-    return hasattr(parameter, "ds_tensor")
+    """Return whether ZeRO-3 has taken over this parameter, be it partitioned or gathered at the moment."""
+    return partition_of(parameter) is not None
 
 
 def gather_with(module: nn.Module, parameters: list[torch.Tensor]) -> None:
-    """Let ZeRO-3 gather these parameters, too, before this module runs, forward and backward."""
+    """Register parameters with ZeRO-3 that it gathers, too, before this module runs, forward and backward."""
     register = import_module("deepspeed").zero.register_external_parameter
     for parameter in parameters:
         register(module, parameter)
@@ -82,21 +86,25 @@ def copy_into(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 class WholeTensors(Mapping[str, torch.Tensor]):
-    """Parameters by name, each read as a whole when it is looked up."""
+    """Parameters by name, each read as a whole when it is looked up.
+
+    Args:
+        parameters: By name, a function that returns all values of a parameter.
+    """
 
     def __init__(self, parameters: Mapping[str, Callable[[], torch.Tensor]]) -> None:
         self.parameters = parameters
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """All values of a parameter."""
+        """Return all values of a parameter."""
         return self.parameters[name]()
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Iterate over the names."""
         return iter(self.parameters)
 
     def __len__(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return len(self.parameters)
 
 
@@ -105,11 +113,11 @@ def require_whole(parameters: Mapping[str, torch.Tensor], done: str, remedy: str
 
     Args:
         parameters: By name.
-        done: What is done with them, as a participle.
-        remedy: What to do instead.
+        done: What is done with them, as a participle such as "merged".
+        remedy: What to do instead, as a sentence.
 
     Raises:
-        ValueError: Some are sharded.
+        ValueError: Some are sharded; the message names the first three.
     """
     sharded = [name for name, parameter in parameters.items() if is_sharded(parameter)]
     if sharded:

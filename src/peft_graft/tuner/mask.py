@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 import warnings
@@ -16,22 +17,83 @@ from .backends import collectives
 from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
+    from .apply.forward import AppliedScope
     from .config import GraftConfig
 
 _version = operator.attrgetter("_version")
 
 
-class Changes:
-    """Numbers the changes of all patches and masks: as long as `last` is the same, nothing has changed."""
+_versions = itertools.count(1)  # of all models together, so that no two patches have the same number
 
-    _numbers = itertools.count()
-    last = next(_numbers)
 
-    @classmethod
-    def note(cls) -> int:
-        """Return the number of a new change."""
-        cls.last = next(cls._numbers)
-        return cls.last
+class GraftStates(dict[str, "GraftState"]):
+    """What all layers of one model share: the state of each adapter, by name.
+
+    `version` changes with every event after which a layer may have to write something else: adapters that are switched,
+    enabled, added or deleted, patches that are installed, a mask or an alpha that is another one now, a model that
+    moves. Layers resolve their patches anew when it has changed, and only then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = next(_versions)
+        self.scopes: dict[int, AppliedScope] = {}  # by thread: the call that keeps patches in place
+        self._alphas: dict[str, Any] = {}
+
+    def changed(self) -> None:
+        """Let every layer resolve its patch anew."""
+        self.version = next(_versions)
+
+    def look(self) -> None:
+        """Look for changes that nobody announces: numbers in a config, and logits that an optimizer has moved."""
+        alphas = {
+            name: dict(alpha) if isinstance(alpha := state.alpha, dict) else alpha for name, state in self.items()
+        }
+        if alphas.keys() != self._alphas.keys() or any(
+            _differ(alpha, self._alphas[name]) for name, alpha in alphas.items()
+        ):
+            self._alphas = alphas
+            self.changed()
+        for state in self.values():
+            state.look()
+
+    def __setitem__(self, adapter_name: str, state: GraftState) -> None:
+        """Add an adapter's state, which announces from now on when its masks have changed."""
+        super().__setitem__(adapter_name, state)
+        state.states = self
+        self.changed()
+
+    def pop(self, adapter_name: str, *default: Any) -> Any:
+        """Remove an adapter's state."""
+        self.changed()
+        return super().pop(adapter_name, *default)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraftStates:
+        """Copy without the calls that run now."""
+        clone = GraftStates()
+        memo[id(self)] = clone
+        for name, state in self.items():
+            clone[name] = copy.deepcopy(state, memo)
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the calls that run now."""
+        return _make_states, (), None, None, iter(self.items())
+
+
+def _make_states() -> GraftStates:
+    return GraftStates()
+
+
+def _differ(alpha: Any, other: Any) -> bool:
+    if isinstance(alpha, dict) and isinstance(other, dict):
+        values = alpha.values()
+        return (
+            alpha.keys() != other.keys()
+            or any(_differ(value, other[name]) for name, value in alpha.items())
+            or any(isinstance(value, torch.Tensor) for value in values)
+        )
+    return isinstance(alpha, torch.Tensor) or isinstance(other, torch.Tensor) or alpha != other
 
 
 class Slot(nn.Module):
@@ -44,7 +106,7 @@ class Slot(nn.Module):
         super().__init__()
         self.eligible = eligible
         self.params: list[str] = []
-        self.making = Changes.note()  # changes with what is held
+        self.version = next(_versions)  # changes with the entries
         self._shards: dict[str, nn.Parameter] = {}
 
     def install(
@@ -68,7 +130,7 @@ class Slot(nn.Module):
             self.remove(param)
         self.register_buffer(f"{param}_indices", indices)
         self.register_buffer(f"{param}_values", values)
-        self.making = Changes.note()
+        self.version = next(_versions)
         if param not in self.params:
             self.params = sorted([*self.params, param])
 
@@ -77,7 +139,7 @@ class Slot(nn.Module):
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
         self._shards.pop(f"{param}_logits", None)
-        self.making = Changes.note()
+        self.version = next(_versions)
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
@@ -92,10 +154,6 @@ class Slot(nn.Module):
     def values(self, param: str) -> torch.Tensor:
         """The donor's values of `param`, float [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
-
-    def fixed(self, param: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices and values of `param`, where they are."""
-        return self.indices(param), self.values(param)
 
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
@@ -148,7 +206,7 @@ class GraftState:
         self._members: dict[str, tuple[Slot, str]] = {}
         self._base: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
-        self.making = Changes.note()  # changes with the masks
+        self.states: GraftStates | None = None  # those of the model, once it is among them
         self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
         self._versions = 0
         self._settled: tuple[tuple[int, bool], ...] = ()  # whose they were, if nothing could train meanwhile
@@ -218,11 +276,6 @@ class GraftState:
         alpha = self.config.alpha if self.trial is None else self.trial
         return 1.0 if alpha == "auto" else alpha
 
-    @property
-    def constant(self) -> float | None:
-        """Alpha, where it is one number and no mask may be trained; then only `Changes` change the patch."""
-        return None if self._members or not isinstance(self.alpha, int | float) else self.alpha
-
     def scale(self, name: str) -> float | torch.Tensor:
         """Alpha of this tensor; a tensor while it is being fitted by gradients."""
         alpha = self.alpha
@@ -234,24 +287,42 @@ class GraftState:
         return {name: logits for name, logits in found.items() if logits is not None}
 
     def mask(self, name: str) -> torch.Tensor:
-        """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors.
+        """Return the exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors.
 
         Where the logits are sharded they are gathered, so every rank must call this together.
         """
+        self.look()
+        return self.known_mask(name)
+
+    def look(self) -> None:
+        """Make the masks anew where an optimizer, or anybody else, has changed the logits: O(tensors)."""
+        if not self._members:
+            return
+        logits = self.logits()
+        same = logits.keys() == self._seen.keys() and all(self._seen[name] is own for name, own in logits.items())
+        if not same or sum(map(_version, logits.values())) != self._versions:
+            self._make_masks(logits)
+
+    def known_mask(self, name: str) -> torch.Tensor:
+        """Return the same as of the last look: O(1), for layers of a model that has looked when its forward began."""
         slot, param = self._members[name]
-        own = slot.owned_logits(param)
-        # Every layer asks at every step, so it must be cheap to see that nothing changed.
-        known = own is not None and self._seen.get(name) is own and self._masks[name].device == self._index(name).device
-        if not known or sum(map(_version, self._seen.values())) != self._versions:
-            logits = self.logits()
-            masks = self.masks_of({key: whole(values) for key, values in logits.items()})
-            masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
-            if not _are_equal(masks, self._masks):
-                self.making = Changes.note()
-            self._masks = masks
-            self._seen, self._versions = logits, sum(map(_version, logits.values()))
-            self._settled = () if torch.is_grad_enabled() else self._holders()
+        mask = self._masks.get(name)
+        if (
+            mask is None
+            or self._seen.get(name) is not slot.owned_logits(param)
+            or mask.device != self._index(name).device
+        ):
+            self._make_masks(self.logits())
         return self._masks[name]
+
+    def _make_masks(self, logits: dict[str, nn.Parameter]) -> None:
+        masks = self.masks_of({name: whole(values) for name, values in logits.items()})
+        masks = {name: mask.to(self._index(name).device) for name, mask in masks.items()}
+        changed, self._masks = not _are_equal(masks, self._masks), masks
+        self._seen, self._versions = logits, sum(map(_version, logits.values()))
+        self._settled = () if torch.is_grad_enabled() else self._holders()
+        if changed and self.states is not None:
+            self.states.changed()
 
     def start_forward(self) -> None:
         """Look at the logits again: the optimizers of FSDP and DeepSpeed change them without a trace."""

@@ -18,7 +18,7 @@ from ..checkpoints.pairing import Donor, DonorError
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
 from ..selection.rules import resolve_budget
-from .apply.forward import calling
+from .apply.forward import applied
 from .apply.mixed import rows_of
 from .backends.offloaded import identity, own_names, require_memory
 from .backends.quantized import GraftQuantizedLinear, find_backend, require_float
@@ -27,7 +27,7 @@ from .build_patch import PatchMaker, Target
 from .config import GraftConfig
 from .exclusive import GraftConfigs, require_no_other_method
 from .layer import GraftLayer, GraftLinear, own_parameters
-from .mask import GraftState
+from .mask import GraftState, GraftStates
 from .modules_to_save import copy_heads, name_heads
 from .parameter_hooks import SIDECAR, Sidecar
 from .publishing import keep_card, watch_trainers
@@ -52,7 +52,7 @@ class GraftModel(PatchMaker, BaseTuner):
         # Set before the base class injects. The states are shared with every layer, also with those that a base
         # carries already, from an earlier call or a refused file.
         grafted = next((module for module in model.modules() if isinstance(module, GraftLayer)), None)
-        self.states: dict[str, GraftState] = {} if grafted is None else grafted.states
+        self.states = GraftStates() if grafted is None else grafted.states
         self.donors: dict[str, Donor] = {}
         self._gathers = False  # whether ZeRO-3 knows what the layers need
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -312,7 +312,7 @@ class GraftModel(PatchMaker, BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         self._start_forward()
-        with calling(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
+        with applied(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
             yield
 
     def _start_forward(self) -> None:
@@ -328,12 +328,27 @@ class GraftModel(PatchMaker, BaseTuner):
                 if isinstance(layer, Sidecar):
                     layer.hook()  # again, to act after ZeRO-3's own hooks
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Keep the active patches in place for as long as this context lasts, for many batches without gradients.
+
+        Every layer's patch is written when the layer first runs, and taken off, bit for bit, at the end; also after
+        an exception. Adapters, alpha and masks may change meanwhile. A module outside of this model that shares its
+        weights sees the patches.
+
+            with torch.no_grad(), model.applied():
+                for batch in batches:
+                    model(**batch)
+        """
+        with applied(self.states):
+            yield
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the patches in place all the while, instead of writing them anew for every token.
 
         A module outside of this model that shares its weights sees the patches meanwhile.
         """
-        with calling(self.states, self._layers()):
+        with applied(self.states):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -1,4 +1,4 @@
-"""Facade: a wrapper that reads and writes like the module in it, with the patch on its parameters."""
+"""ModuleProxy: a wrapper that reads and writes like the module in it, with the patch on its parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
 _WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim")
 
 
-class Facade(nn.Module, BaseTunerLayer):
+class ModuleProxy(nn.Module, BaseTunerLayer):
     """What other code sees that looks into a wrapped module without calling it."""
 
     keys: dict[str, str]

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .apply.forward import patched
 from .backends.sharded import require_whole
 from .layer import GraftLayer
-from .mask import GraftState
+from .mask import GraftStates
 
 SIDECAR = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
 
@@ -19,7 +20,7 @@ class Sidecar(GraftLayer):
 
     has_rows = False
 
-    def __init__(self, parent: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+    def __init__(self, parent: nn.Module, name: str, states: GraftStates) -> None:
         nn.Module.__init__(self)
         self.__dict__["parent"] = parent  # not registered: the parent already contains this module
         self._setup(name, states)
@@ -45,7 +46,7 @@ class Sidecar(GraftLayer):
         held = {self.tensor_name(param): self.base_parameter(param) for param in self.keys}
         held |= dict(self.graft_patch.named_parameters())
         require_whole(held, "patched", "Exclude them, or raise stage3_param_persistence_threshold above their size.")
-        context = self.patched()
+        context = patched(self)
         context.__enter__()
         self._open.append(context)
 

@@ -13,16 +13,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .in_place import patched_copy, written
+from .in_place import ResolvedTensor, patched_copy, written
 
 Kernel = Literal["gathered", "sampled", "dense"]
 
 # Their forward is one function of input, weight and bias, and returns no view of these.
-_SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Part(NamedTuple):
+class SparseGrad(NamedTuple):
     """A patch of one parameter under autograd: what is written, and where gradients are wanted.
 
     Attributes:
@@ -152,8 +152,8 @@ class _PatchedLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         transposed: bool,
-        part: Part,
-        bias_part: Part | None,
+        part: SparseGrad,
+        bias_part: SparseGrad | None,
         values: torch.Tensor,
         bias_values: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -163,7 +163,7 @@ class _PatchedLinear(torch.autograd.Function):
         ctx.save_for_backward(None if wanted is None else x, weight, part.at, part.put, wanted, bias_wanted)
         if bias is not None and bias_part is not None:
             bias = patched_copy(bias, bias_part.at, bias_part.put)
-        with written(weight, part.at, part.put) as patched:
+        with written(weight, ResolvedTensor(None, part.at, part.put)) as patched:
             if bias is None or not transposed:  # Conv1D has a bias
                 y = F.linear(x, patched, bias)
             else:
@@ -177,7 +177,7 @@ class _PatchedLinear(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * 8
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            with written(weight, at, put) as patched:
+            with written(weight, ResolvedTensor(None, at, put)) as patched:
                 patched = patched.to(grad.dtype)
                 grads[0] = grad @ (patched.t() if ctx.transposed else patched)
         if wanted is not None:
@@ -199,12 +199,12 @@ class _PatchedEmbedding(torch.autograd.Function):
         ids: torch.Tensor,
         weight: torch.Tensor,
         padding: int | None,
-        part: Part,
+        part: SparseGrad,
         values: torch.Tensor,
     ) -> torch.Tensor:
         ctx.padding, ctx.dtype = padding, values.dtype
         ctx.save_for_backward(ids, part.indices)
-        with written(weight, part.at, part.put) as patched:
+        with written(weight, ResolvedTensor(None, part.at, part.put)) as patched:
             return F.embedding(ids, patched)
 
     @staticmethod
@@ -229,9 +229,12 @@ def is_simple(module: nn.Module) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    # Every model has a norm class of its own, and the experts of transformers have a mark.
-    like = type(module).__name__.endswith("RMSNorm") or "_is_expert_parallel" in vars(module)
-    return (type(module) in _SIMPLE or like) and "forward" not in vars(module)
+    # Each model of transformers has a norm class of its own, and their experts have a mark. A class from elsewhere that
+    # is only called so may keep its weight, or return a view of it.
+    kind = type(module)
+    norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
+    known = kind in _SIMPLE or norm or "_is_expert_parallel" in vars(module)
+    return known and "forward" not in vars(module)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -264,10 +267,10 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-def _run_linear(module: Any, x: torch.Tensor, weight: Part, bias: Part | None) -> torch.Tensor:
+def _run_linear(module: Any, x: torch.Tensor, weight: SparseGrad, bias: SparseGrad | None) -> torch.Tensor:
     values = weight.values, None if bias is None else bias.values
     return _PatchedLinear.apply(x, module.weight, module.bias, isinstance(module, Conv1D), weight, bias, *values)
 
 
-def _run_embedding(module: Any, ids: torch.Tensor, weight: Part, bias: None) -> torch.Tensor:
+def _run_embedding(module: Any, ids: torch.Tensor, weight: SparseGrad, bias: None) -> torch.Tensor:
     return _PatchedEmbedding.apply(ids, module.weight, module.padding_idx, weight, weight.values)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layer import GraftLayer, GraftLinear
-from ..mask import GraftState
+from ..mask import GraftStates
 
 
 def find_backend(module: nn.Module) -> QuantizationBackend | None:
@@ -72,7 +72,7 @@ class GraftQuantizedLinear(GraftLinear):
     Without an active patch the wrapped module runs as it is, in its own arithmetic.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, states: GraftStates) -> None:
         super().__init__(base_layer, name, states)
         self.quantization_backend = find_backend(base_layer)
         _keep_readable(base_layer, name)
@@ -81,8 +81,8 @@ class GraftQuantizedLinear(GraftLinear):
         """The bias, or a copy of the weight in floats."""
         return self.get_base_weight().detach() if param == "weight" else super().base_parameter(param)
 
-    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check(adapter_names)
+    def run_patched(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check(adapter_names)
         patched = {param: self.effective(param, adapter_names) for param in self.keys}
         if all(tensor is None for tensor in patched.values()):
             return self.base_layer(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..patch.combine import align, scaled, spread, total
+from ..patch.arithmetic import align_indices, grafted_values, masked_sum, scatter_rows
 from .apply.forward import effective, run, run_patched
 from .apply.in_place import NOTHING, ResolvedTensor, copied, has_patch, overwrite, own_copy, own_entries, restored
 from .apply.per_row import Rows
@@ -291,17 +291,13 @@ class GraftLayer(ModuleProxy):
         if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
         alpha = state.scale(name)
-        # alpha = 1 must give the donor's bits; base + (donor - base) would not.
-        exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
-        if exactly_donor and mask is None:
-            return indices, donor, None
-        base = self.base_entries(param, indices)
-        full = donor if exactly_donor else scaled(base, donor, alpha)
+        values = grafted_values(lambda: self.base_entries(param, indices), donor, alpha)
         if mask is None or logits is None:
-            return indices, full, None
+            return indices, values, None
         require_whole({name: logits}, "trained", UNGATHERED)
-        values = torch.where(mask, full, base)
-        return indices, straight_through(logits, values, self._start(adapter_name, param, indices), donor, alpha), mask
+        values = torch.where(mask, values, self.base_entries(param, indices))
+        start = self._start(adapter_name, param, indices)
+        return indices, straight_through(logits, values, start, donor, alpha), mask
 
     def _mask(self, state: GraftState, name: str) -> torch.Tensor:
         """Return the exact mask; inside of a call, which looked at all logits when it began, without another look."""
@@ -328,9 +324,8 @@ class GraftLayer(ModuleProxy):
         parameter = self.base_parameter(param)
         indices, donor, _ = slot.entries(key, parameter.device)
         mask = self._mask(state, name).to(indices.device)
-        at, put = indices[mask], donor[mask]
-        if alpha != 1:
-            put = scaled(self.base_entries(param, at), put, alpha)
+        at = indices[mask]
+        put = grafted_values(lambda: self.base_entries(param, at), donor[mask], alpha)
         carrier = straight_through(logits, logits.detach(), self._start(adapter_name, param, indices), donor, alpha)
         return SparseGrad(indices, carrier, at, put.to(parameter.dtype))
 
@@ -350,13 +345,13 @@ class GraftLayer(ModuleProxy):
         dtype = self.base_parameter(param).dtype
         if len(found) < 2:
             return (found[0][0], found[0][1].to(dtype)) if found else None
-        indices, where = align([each[0] for each in found])
-        values, say = spread([each[1] for each in found], where, indices.numel())
+        indices, where = align_indices([each[0] for each in found])
+        values, taken = scatter_rows([each[1] for each in found], where, indices.numel())
         if training:
             masks = [torch.ones_like(at) if each[2] is None else each[2] for each, at in zip(found, where, strict=True)]
-            taken = spread(masks, where, indices.numel())[0].bool()
-            say = torch.where(taken.any(0), taken, say)
-        return indices, (total(values, say) / say.sum(0)).to(dtype)
+            chosen = scatter_rows(masks, where, indices.numel())[0].bool()
+            taken = torch.where(chosen.any(0), chosen, taken)
+        return indices, (masked_sum(values, taken) / taken.sum(0)).to(dtype)
 
     # Merging
 

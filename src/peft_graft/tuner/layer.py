@@ -23,7 +23,7 @@ from .module_proxy import ModuleProxy
 
 
 class PlannedWrite(NamedTuple):
-    """What the active adapters write into one parameter.
+    """The entries that the active adapters write into one parameter.
 
     Attributes:
         module: The module that owns the parameter.
@@ -42,7 +42,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def param_key(param: str) -> str:
-    """Name of a parameter as an attribute: `out_proj.weight` becomes `out_proj__weight`."""
+    """Return the name of a parameter as an attribute: `out_proj.weight` becomes `out_proj__weight`."""
     return param.replace(".", "__")
 
 
@@ -94,7 +94,7 @@ class GraftLayer(ModuleProxy):
 
     @property
     def rows(self) -> Rows | None:
-        """The adapter of each row of the batch, while they differ in the call that this thread makes."""
+        """Return the adapter of each row of the batch, while they differ in the call that this thread makes."""
         return self.rows_by_thread.get(threading.get_ident()) if self.rows_by_thread else None
 
     def plan(self) -> list[PlannedWrite]:
@@ -181,30 +181,30 @@ class GraftLayer(ModuleProxy):
     # Structure
 
     def tensor_name(self, param: str) -> str:
-        """Name of the parameter in the unwrapped model."""
+        """Return the name of the parameter in the unwrapped model."""
         return f"{self.tensor_prefix}.{param}" if self.tensor_prefix else param
 
     def holder(self, param: str) -> tuple[nn.Module, str]:
-        """The module that owns a parameter, and its name there."""
+        """Return the module that owns a parameter, and the parameter's name there."""
         module, _, name = param.rpartition(".")
         base = self.get_base_layer()
         return (base.get_submodule(module) if module else base), name
 
     def base_parameter(self, param: str) -> torch.Tensor:
-        """The base's parameter itself (patched in place while merged), also while it is offloaded."""
+        """Return the base's parameter itself (patched while merged), also while it is offloaded."""
         return real_parameter(*self.holder(param))
 
     def get_base_layer(self) -> Any:
-        """The wrapped module."""
+        """Return the wrapped module."""
         return self._modules["base_layer"]
 
     @property
     def slots(self) -> dict[str, Slot]:
-        """What each adapter holds for this layer; every forward looks here, so past the attributes of modules."""
+        """Return the slot of each adapter, by its name, in one look-up: every forward needs them."""
         return cast(dict[str, Slot], cast(nn.Module, self._modules["graft_patch"])._modules)
 
     def slot(self, adapter_name: str) -> Slot:
-        """What an adapter holds for this layer."""
+        """Return the entries that an adapter holds for this layer."""
         return self.slots[adapter_name]
 
     def add_slot(self, adapter_name: str, params: list[str] | None = None) -> None:
@@ -253,13 +253,13 @@ class GraftLayer(ModuleProxy):
     # Patched values
 
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """The base's own values at these flat indices, also while a patch is on it."""
+        """Return the base's own values at these flat indices, int64 [n], also while a patch is on it."""
         entries = own_entries(whole(self.base_parameter(param)), indices)
         backup = (tensor.to(entries.device) for tensor in self._backup.get(param, ()))
         return restored(entries, indices, *backup) if param in self._backup else entries
 
     def own_values(self, param: str) -> torch.Tensor:
-        """All of the base's own values, detached, also while a patch is on it."""
+        """Return all of the base's own values, detached, also while a patch is on it."""
         parameter = self.base_parameter(param)
         own = own_copy(parameter)
         values = whole(parameter) if own is None else own
@@ -271,7 +271,7 @@ class GraftLayer(ModuleProxy):
     def entries(
         self, adapter_name: str, param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Flat indices of an adapter's patch of one parameter, and the values it puts there.
+        """Compute an adapter's patch of one parameter.
 
         Args:
             adapter_name: Name of the adapter.
@@ -304,12 +304,12 @@ class GraftLayer(ModuleProxy):
         return state.known_mask(name) if threading.get_ident() in self.states.scopes else state.mask(name)
 
     def _start(self, adapter_name: str, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """The base's values at a mask's candidates, as they were when it was made, where they are on record."""
+        """Return the base's values at a mask's candidates, those on record from when the mask was made if there are any."""
         recorded = self.states[adapter_name].base_values(self.tensor_name(param))
         return self.base_entries(param, indices) if recorded is None else recorded.to(indices.device)
 
     def candidates(self, adapter_name: str, param: str) -> SparseGrad | None:
-        """What a kernel needs of a mask that trains: it writes what is taken, and wants gradients of all candidates.
+        """Compute the patch of a mask that trains, for a kernel: taken entries to write, candidates that want gradients.
 
         Returns:
             None where no mask trains: a fixed patch, or one without entries here.
@@ -332,10 +332,10 @@ class GraftLayer(ModuleProxy):
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Entries of several adapters together; where they take the same entry, the mean of their values.
+        """Compute the patch of several adapters together: the mean of their values where they take the same entry.
 
-        The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out have no
-        say where another adapter takes the entry.
+        The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out do
+        not count where another adapter takes the entry.
 
         Returns:
             Indices int64 [n] and values [n] in the base's dtype; None where there is no patch.

@@ -1,4 +1,7 @@
-"""The mask over a learned graft's candidates: soft or straight-through in training, exact in evaluation."""
+"""Hold the entries of each adapter, and train the mask over a learned graft's candidates.
+
+The mask is straight-through in training and exact in evaluation.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _versions = itertools.count(1)  # of all models together, so that no two patches
 
 
 class GraftStates(dict[str, "GraftState"]):
-    """What all layers of one model share: the state of each adapter, by name.
+    """The state of each adapter by name, shared by all layers of one model.
 
     `version` changes with every event after which a layer may have to write something else: adapters that are switched,
     enabled, added or deleted, patches that are installed, a mask or an alpha that is another one now, a model that
@@ -97,7 +100,7 @@ def _differ(alpha: Any, other: Any) -> bool:
 
 
 class Slot(nn.Module):
-    """What one adapter holds for one layer: per parameter the flat indices, the donor's values, and maybe logits.
+    """The entries of one adapter in one layer: per parameter flat indices, the donor's values, and logits of a mask.
 
     A parameter without entries has no tensors here, so nothing of size zero is ever registered.
     """
@@ -143,20 +146,20 @@ class Slot(nn.Module):
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
-        """What is held for `param`, by kind."""
+        """Return the tensors held for `param`, by kind."""
         kinds = ("indices", "values", "logits")
         return {kind: getattr(self, f"{param}_{kind}") for kind in kinds if hasattr(self, f"{param}_{kind}")}
 
     def indices(self, param: str) -> torch.Tensor:
-        """Flat indices of `param`, int64 [n]."""
+        """Return the flat indices of `param`, int64 [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_indices"])
 
     def values(self, param: str) -> torch.Tensor:
-        """The donor's values of `param`, float [n]."""
+        """Return the donor's values of `param`, float [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
+        """Return indices, values and logits of `param` on a device; an offloaded base is on another one than its patch."""
         logits = self.logits(param)
         return (
             self.indices(param).to(device),
@@ -165,12 +168,12 @@ class Slot(nn.Module):
         )
 
     def logits(self, param: str) -> nn.Parameter | None:
-        """Mask logits of `param`, float32 [n], or None for a fixed mask."""
+        """Return the mask logits of `param`, float32 [n], or None for a fixed mask."""
         name = f"{param}_logits"
         return self._parameters[name] if name in self._parameters else None  # by [], where ZeRO-3 gathers
 
     def owned_logits(self, param: str) -> nn.Parameter | None:
-        """The logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
+        """Return the logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
         name = f"{param}_logits"
         return self._shards.get(name, self._parameters.get(name))  # by get, where it does not
 
@@ -186,7 +189,7 @@ class Slot(nn.Module):
 
 
 class GraftState:
-    """What the layers of one adapter share: the scale, and the one budget that spans all of their candidates.
+    """The state of one adapter: its scale, and the one budget that spans the candidates of all layers.
 
     Args:
         config: The adapter's config: alpha is read from it at every use, so that it can be changed there.
@@ -235,7 +238,7 @@ class GraftState:
         self._seen = {}
 
     def check(self, adapter_name: str) -> None:
-        """Say so, where the adapter runs without its patch.
+        """Warn or refuse where the adapter runs without its patch.
 
         Raises:
             RuntimeError: The patch was to come from a file.
@@ -272,17 +275,17 @@ class GraftState:
 
     @property
     def alpha(self) -> Any:
-        """Scale of the patch, or one per tensor name; 1 where `"auto"` is not fitted yet."""
+        """Return the scale of the patch, or one per tensor name; 1 where `"auto"` is not fitted yet."""
         alpha = self.config.alpha if self.trial is None else self.trial
         return 1.0 if alpha == "auto" else alpha
 
     def scale(self, name: str) -> float | torch.Tensor:
-        """Alpha of this tensor; a tensor while it is being fitted by gradients."""
+        """Return alpha of this tensor; a tensor while it is being fitted by gradients."""
         alpha = self.alpha
         return alpha.get(name, 1.0) if isinstance(alpha, dict) else alpha
 
     def logits(self) -> dict[str, nn.Parameter]:
-        """Mask logits by tensor name."""
+        """Return the mask logits by tensor name."""
         found = {name: slot.owned_logits(param) for name, (slot, param) in self._members.items()}
         return {name: logits for name, logits in found.items() if logits is not None}
 
@@ -342,7 +345,7 @@ class GraftState:
                 self.mask(name)
 
     def settled_masks(self) -> dict[str, torch.Tensor] | None:
-        """The masks by tensor name, without a word to other ranks; None where training may have changed them.
+        """Return the masks by tensor name without asking other ranks; None where training may have changed them.
 
         None also where the logits have been sharded since: before that, a rank may have looked at the model alone.
         """
@@ -352,11 +355,11 @@ class GraftState:
         return tuple((id(values), is_partitionable(values)) for values in self.logits().values())
 
     def note_base(self, name: str, base: torch.Tensor) -> None:
-        """Note the base's values at this tensor's entries, float [n]: from shards they can hardly be had later."""
+        """Record the base's values at this tensor's entries, float [n]; reading them from shards later is hard."""
         self._base[name] = base
 
     def base_values(self, name: str) -> torch.Tensor | None:
-        """The base's values at this tensor's candidates or noted entries, float [n]."""
+        """Return the recorded values of the base at this tensor's candidates or entries, float [n], or None."""
         return self._base.get(name)
 
     def _index(self, name: str) -> torch.Tensor:
@@ -371,7 +374,7 @@ class GraftState:
         return (slot.values(param).to(device).float() - base.float()).abs()
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
+        """Compute exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
 
         Logits start at 1, so a learned mask starts as the magnitude mask. The factor keeps an optimizer that moves all
         logits equally fast (Adam) from trading large deltas for small ones.
@@ -415,7 +418,7 @@ def _are_equal(masks: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The values of the exact mask forward, the gradient of the mask as a number backward: alpha * (donor - base)."""
+    """Straight-through estimator: the exact mask's values forward, alpha * (donor - base) as the gradient backward."""
 
     @staticmethod
     def forward(

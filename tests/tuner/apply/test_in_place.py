@@ -428,7 +428,7 @@ def test_what_is_switched_while_generating_is_switched() -> None:
 
 
 class Interrupts:
-    """Raises KeyboardInterrupt at the n-th place where Python looks for signals: functions that begin, C that returns."""
+    """Raises KeyboardInterrupt at the n-th place where Python looks for signals: as functions begin, or C returns."""
 
     FILES = ("peft_graft", "contextlib", "peft_model.py")
 

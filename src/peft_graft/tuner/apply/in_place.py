@@ -17,7 +17,7 @@ from torch import nn
 
 
 class ResolvedTensor(NamedTuple):
-    """The entries of one parameter, as they are written.
+    """The entries of one parameter, ready to be written.
 
     Attributes:
         key: Equal for the same entries; None for entries that nobody else shares.

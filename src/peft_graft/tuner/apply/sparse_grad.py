@@ -1,4 +1,4 @@
-"""Patched layers under autograd: gradients at the candidates only, and no copy of a weight is made or kept."""
+"""Run patched layers under autograd, with gradients at the candidates only and without a copy of the weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class SparseGrad(NamedTuple):
-    """A patch of one parameter under autograd: what is written, and where gradients are wanted.
+    """A patch of one parameter under autograd: entries to write, and entries whose gradients are wanted.
 
     Attributes:
         indices: Flat indices whose gradients are wanted, int64 [n], increasing.
@@ -39,7 +39,7 @@ class SparseGrad(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the gradient costs per token, in any unit: only ratios matter."""
+    """Costs of the gradient per token, in any unit: only ratios matter."""
 
     dense: float  # per entry of the weight: a matrix product that computes all of them
     transposed: float  # per row and column: laying out what the product at single entries reads
@@ -89,7 +89,7 @@ def choose_kernel(candidates: int, shape: tuple[int, int], device: torch.device,
 
 @functools.cache
 def _can_sample() -> bool:
-    """Whether this build of torch has the sampled product on the CPU; also takes its warning about sparse tensors."""
+    """Return whether this build of torch has the sampled product on the CPU, and take its warning about sparse tensors."""
     pattern, one = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1)), torch.ones(1, 1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)
@@ -103,7 +103,7 @@ def _can_sample() -> bool:
 def product_at(
     left: torch.Tensor, right: torch.Tensor, indices: torch.Tensor, kernel: Kernel | None = None
 ) -> torch.Tensor:
-    """Entries of left^T @ right, summed over tokens in float32 or more precisely.
+    """Compute entries of left^T @ right, summed over tokens in float32 or more precisely.
 
     Args:
         left: Float [tokens, rows].
@@ -138,7 +138,7 @@ def product_at(
 
 
 def _own(result: torch.Tensor) -> torch.Tensor:
-    """The result without the mark of a view: models write to what a layer returns, and a Function's views forbid it."""
+    """Return the result unmarked as a view: models write to the output of a layer, which a Function's views forbid."""
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
@@ -191,7 +191,7 @@ class _PatchedLinear(torch.autograd.Function):
 
 
 class _PatchedEmbedding(torch.autograd.Function):
-    """Rows of W with a patch on it; the gradient of W only where the patch is, by way of the rows looked up."""
+    """Rows of W with a patch on it; the gradient of W is computed only at the candidates, from the rows looked up."""
 
     @staticmethod
     def forward(
@@ -224,7 +224,7 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 
 def is_simple(module: nn.Module) -> bool:
-    """Whether the module's output is computed anew from its parameters, and nobody else looks at these meanwhile."""
+    """Return whether the output is computed anew from the parameters, and nobody else looks at these meanwhile."""
     return _is_known(module) and not _hooks(module)
 
 
@@ -242,7 +242,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _gathers(hook: Any) -> bool:
-    """Whether this is a hook of ZeRO-3, which gathers for the layer around the module as well."""
+    """Return whether this is a hook of ZeRO-3, which gathers for the layer around the module as well."""
     return getattr(hook, "__module__", "").startswith("deepspeed.")
 
 

@@ -304,12 +304,12 @@ class GraftLayer(ModuleProxy):
         return state.known_mask(name) if threading.get_ident() in self.states.scopes else state.mask(name)
 
     def _start(self, adapter_name: str, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """Return the base's values at a mask's candidates, those on record from when the mask was made if there are any."""
+        """Return the base's values at a mask's candidates, those recorded when the mask was made if there are any."""
         recorded = self.states[adapter_name].base_values(self.tensor_name(param))
         return self.base_entries(param, indices) if recorded is None else recorded.to(indices.device)
 
     def candidates(self, adapter_name: str, param: str) -> SparseGrad | None:
-        """Compute the patch of a mask that trains, for a kernel: taken entries to write, candidates that want gradients.
+        """Compute the patch of a mask that trains, for a kernel: entries to write, and candidates that want gradients.
 
         Returns:
             None where no mask trains: a fixed patch, or one without entries here.

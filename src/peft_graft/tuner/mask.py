@@ -159,7 +159,7 @@ class Slot(nn.Module):
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return indices, values and logits of `param` on a device; an offloaded base is on another one than its patch."""
+        """Return indices, values and logits of `param` on a device: an offloaded base is elsewhere than its patch."""
         logits = self.logits(param)
         return (
             self.indices(param).to(device),

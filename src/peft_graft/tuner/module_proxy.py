@@ -18,7 +18,7 @@ _WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim"
 
 
 class ModuleProxy(nn.Module, BaseTunerLayer):
-    """Attributes of the wrapped module, for code that reads them without calling it: the patched parameters included."""
+    """Attributes of the wrapped module, patched parameters included, for code that reads them without calling it."""
 
     keys: dict[str, str]
     tied: set[str]

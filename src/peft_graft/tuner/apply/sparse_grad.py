@@ -89,7 +89,7 @@ def choose_kernel(candidates: int, shape: tuple[int, int], device: torch.device,
 
 @functools.cache
 def _can_sample() -> bool:
-    """Return whether this build of torch has the sampled product on the CPU, and take its warning about sparse tensors."""
+    """Return whether this build of torch has the sampled product on the CPU; silence its warning on sparse tensors."""
     pattern, one = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1)), torch.ones(1, 1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)

@@ -11,6 +11,7 @@ from torch import nn
 
 from models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from peft_graft import GraftConfig
+from peft_graft.tuner.apply.in_place import has_patch
 
 FAMILIES = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
@@ -46,6 +47,11 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     """Both hold the same tensors, bit for bit."""
     assert one.keys() == other.keys()
     assert [name for name in one if not same_bits(one[name], other[name])] == []
+
+
+def runs(model: nn.Module) -> list[str]:
+    """Names of the parameters that a call runs on right now: none, once every patch is off again."""
+    return [name for name, parameter in model.named_parameters() if has_patch(parameter)]
 
 
 def largest(base: nn.Module, donor: nn.Module, names: list[str], k: int) -> dict[str, list[int]]:

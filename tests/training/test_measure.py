@@ -347,7 +347,7 @@ def test_a_batch_without_labels_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "module"), [(tiny_vit, "ViTEmbeddings"), (tiny_whisper, "Conv1d")], ids=["sidecar", "conv1d"]
+    ("make", "module"), [(tiny_vit, "ViTEmbeddings"), (tiny_whisper, "Conv1d")], ids=["bare parameters", "conv1d"]
 )
 def test_wanda_refuses_what_it_has_no_input_for(make: Callable[[], nn.Module], module: str) -> None:
     base = make()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from grafts import MLP, assert_same, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_vit
 from peft_graft import GraftConfig
-from peft_graft.tuner import GraftLayer, GraftLinear, Sidecar
+from peft_graft.tuner import GraftLayer, GraftLinear, ParameterHooks
 
 
 class Holder(nn.Module):
@@ -386,8 +386,10 @@ def test_integer_weights_are_refused() -> None:
         graft(nn.Sequential(quantized, nn.Linear(4, 4)), "zeros", density=0.5, target_modules=["0"])
 
 
-def test_a_sidecar_is_not_called() -> None:
+def test_parameter_hooks_are_not_called() -> None:
     base = Holder(Tokens())
-    sidecars = [m for m in graft(base, "zeros", density=0.5, target_modules="all").modules() if isinstance(m, Sidecar)]
+    hooks = [
+        m for m in graft(base, "zeros", density=0.5, target_modules="all").modules() if isinstance(m, ParameterHooks)
+    ]
     with pytest.raises(RuntimeError, match="Call the module that contains it"):
-        sidecars[0](torch.zeros(4))
+        hooks[0](torch.zeros(4))

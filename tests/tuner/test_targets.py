@@ -195,7 +195,7 @@ def test_parameters_inside_attention_are_found_wrapped_or_not() -> None:
     assert targeted(model, "second") == {"0.self_attn.out_proj.weight"}
 
 
-def test_a_parameter_of_the_model_itself_needs_a_sidecar() -> None:
+def test_a_parameter_of_the_model_itself_needs_a_module_around_it() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -288,7 +288,3 @@ def _entry_reader(base: Base, last: Mapping[str, int]) -> Callable[[str, torch.T
 
 def _without_empty(tensors: Mapping[str, TensorPatch]) -> dict[str, TensorPatch]:
     return {name: part for name, part in sorted(tensors.items()) if part.indices.numel()}
-
-
-# The names under which tuner/layer.py still imports these.
-align, spread, total, scaled = align_indices, scatter_rows, masked_sum, grafted_values

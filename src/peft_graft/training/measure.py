@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.pairing import stream
 from ..selection.rules import SelectionError, top_k_mask
-from ..tuner import GraftLayer, GraftModel, Sidecar
+from ..tuner import GraftLayer, GraftModel, ParameterHooks
 from ..tuner.backends import collectives
 from ..tuner.backends.offloaded import require_gradients
 from ..tuner.backends.sharded import require_whole
@@ -181,7 +181,7 @@ class _Measurer:
         squares: dict[str, torch.Tensor] = {}
         hooks = []
         for name, (layer, param) in self.targets.items():
-            if isinstance(layer, Sidecar):
+            if isinstance(layer, ParameterHooks):
                 raise _no_input(layer, name)
 
             def hook(

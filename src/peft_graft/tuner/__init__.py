@@ -7,9 +7,9 @@ from ..peft_compat.register import GRAFT
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear
 from .model import GraftModel
-from .parameter_hooks import Sidecar
+from .parameter_hooks import ParameterHooks
 
-__all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "Sidecar"]
+__all__ = ["GraftConfig", "GraftLayer", "GraftLinear", "GraftModel", "ParameterHooks"]
 
 if GRAFT not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="graft", config_cls=GraftConfig, model_cls=GraftModel)

@@ -17,7 +17,7 @@ from ..checkpoints.pairing import CheckpointDonor, Donor, nothing_to_graft, open
 from ..selection.rules import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
 from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
-from .mask import GraftState
+from .mask import GraftStates
 from .modules_to_save import graft_heads
 from .trainer import register_with_trainer
 
@@ -30,7 +30,7 @@ class PatchMaker:
 
     model: nn.Module
     peft_config: dict[str, Any]
-    states: dict[str, GraftState]
+    states: GraftStates
     donors: dict[str, Donor]
     active_adapters: list[str]
 

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable
-from typing import Any, cast
+import threading
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from ..patch.combine import align, scaled, spread, total
+from ..patch.arithmetic import align_indices, grafted_values, masked_sum, scatter_rows
 from ..peft_compat.peft_names import check_adapters_to_merge
-from .apply.forward import PatchedRun
-from .apply.in_place import is_held, overwrite, own_copy, own_entries, restore_copy, restored, undisturbed
+from .apply.forward import effective, run, run_patched
+from .apply.in_place import NOTHING, ResolvedTensor, copied, has_patch, overwrite, own_copy, own_entries, restored
 from .apply.per_row import Rows
-from .apply.sparse_grad import Part
+from .apply.sparse_grad import SparseGrad
 from .backends.offloaded import real_parameter
 from .backends.sharded import UNGATHERED, is_sharded, require_whole, whole
-from .mask import Changes, GraftState, Slot, straight_through
-from .module_proxy import Facade
+from .mask import GraftState, GraftStates, Slot, straight_through
+from .module_proxy import ModuleProxy
+
+
+class PlannedWrite(NamedTuple):
+    """The entries that the active adapters write into one parameter.
+
+    Attributes:
+        module: The module that owns the parameter.
+        name: The parameter's name there.
+        patch: The entries, `NOTHING` for none.
+    """
+
+    module: nn.Module
+    name: str
+    patch: ResolvedTensor
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -27,17 +42,19 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def param_key(param: str) -> str:
-    """Name of a parameter as an attribute: `out_proj.weight` becomes `out_proj__weight`."""
+    """Return the name of a parameter as an attribute: `out_proj.weight` becomes `out_proj__weight`."""
     return param.replace(".", "__")
 
 
-class GraftLayer(PatchedRun, Facade):
+class GraftLayer(ModuleProxy):
     """Wrap any module that owns parameters; the forward is the module's own, run on patched parameters.
+
+    theta = theta_base + alpha * mask * (theta_donor - theta_base), entry by entry of the wrapped module's parameters.
 
     Args:
         base_layer: Module to wrap; stays the owner of its parameters.
         name: Name of the module in the unwrapped model.
-        states: Shared state per adapter name, owned by the `GraftModel`.
+        states: State of each adapter, shared by all layers of the model.
     """
 
     cast_input_dtype_enabled = True  # PEFT's helpers look for it; inputs are the wrapped module's own business
@@ -45,12 +62,12 @@ class GraftLayer(PatchedRun, Facade):
     other_param_names: tuple[str, ...] = ()
     has_rows = True  # whether the rows of a batch may have different patches
 
-    def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, states: GraftStates) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._setup(name, states)
 
-    def _setup(self, name: str, states: dict[str, GraftState]) -> None:
+    def _setup(self, name: str, states: GraftStates) -> None:
         self.graft_patch = nn.ModuleDict()
         self.tensor_prefix = name
         self.states = states
@@ -60,37 +77,134 @@ class GraftLayer(PatchedRun, Facade):
         self.merged_adapters: list[str] = []
         self._backup: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._disable_adapters = False
-        self._plan = None  # what is written as long as nothing changes
-        self.kept_by: list[list[str]] = []  # calls that keep patches on the wrapped module
+        self._plan: tuple[int, list[str], list[PlannedWrite]] | None = None  # for which version and adapters
+        self.applied_names: list[list[str]] = []  # whose patches calls keep in place; compiled code looks here
         self.rows_by_thread: dict[int, Rows] = {}  # the adapter of each row of the batch, where they differ
+        self.register_state_dict_post_hook(_save_own_bits)
+
+    # Forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module on patched parameters."""
+        return run(self, args, kwargs)
+
+    def run_patched(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the wrapped module once with the patches of these adapters, None for the active ones."""
+        return run_patched(self, adapter_names, args, kwargs)
+
+    @property
+    def rows(self) -> Rows | None:
+        """Return the adapter of each row of the batch, while they differ in the call that this thread makes."""
+        return self.rows_by_thread.get(threading.get_ident()) if self.rows_by_thread else None
+
+    def plan(self) -> list[PlannedWrite]:
+        """Return what the active adapters write, parameter by parameter; resolved anew only after an event."""
+        version, names, known = self.states.version, self.active_adapters, self._plan
+        if known is None or known[0] != version or known[1] != names:
+            writes = [PlannedWrite(*self.holder(param), self.resolve(param)) for param in self.keys]
+            known = self._plan = version, list(names), writes
+        return known[2]
+
+    def resolve(self, param: str, adapter_names: list[str] | None = None) -> ResolvedTensor:
+        """Compute what adapters write into a parameter.
+
+        Args:
+            param: Parameter of this layer.
+            adapter_names: Adapters whose patches to take; None for the active ones.
+
+        Returns:
+            The entries; `NOTHING` where there are none.
+        """
+        version, names = self.states.version, self.effective_adapters(param, adapter_names)
+        if not names:
+            return NOTHING
+        owner, owned = self.owner(param)
+        indices, values = self.effective_entries(param, names)
+        tensor = owner.tensor_name(owned)
+        from_base = any(owner.states[name].scale(tensor) != 1 for name in names)
+        expected = owner.base_entries(owned, indices) if from_base else None
+        return ResolvedTensor((id(owner), owned, version, *names), indices, values.detach(), expected)
+
+    def owner(self, param: str) -> tuple[GraftLayer, str]:
+        """Return the layer that holds the patch of a parameter, and the parameter's name there."""
+        return self.aliases.get(param) or (self, param)
+
+    def has_entries(self, adapter_name: str, param: str) -> bool:
+        """Return whether an adapter patches this parameter."""
+        owner, owned = self.owner(param)
+        slot = owner.slots.get(adapter_name)
+        return slot is not None and owner.keys[owned] in slot.params
+
+    def patches(self, adapter_name: str) -> bool:
+        """Return whether an adapter patches any parameter of this layer."""
+        return any(self.has_entries(adapter_name, param) for param in self.keys)
+
+    def effective_adapters(self, param: str, adapter_names: list[str] | None = None) -> list[str]:
+        """Return those of these adapters, None for the active ones, that are still to patch the parameter."""
+        owner, _ = self.owner(param)
+        if owner.merged or owner.disable_adapters:
+            return []
+        names = owner.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if self.has_entries(name, param)]
+
+    def effective_entries(self, param: str, adapter_names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what these adapters, which all have entries, write.
+
+        Args:
+            param: Parameter of this layer.
+            adapter_names: The adapters.
+
+        Returns:
+            Flat indices, int64 [n], and values, [n], in the base's dtype.
+        """
+        owner, owned = self.owner(param)
+        self.require_whole(param)
+        # Whether gradients are wanted, not the mode, decides: masks can be trained in evaluation mode, without dropout.
+        found = owner.joint_entries(adapter_names, owned, training=torch.is_grad_enabled())
+        return cast(tuple[torch.Tensor, torch.Tensor], found)
+
+    def effective(self, param: str, adapter_names: list[str] | None = None) -> torch.Tensor | None:
+        """Return a patched copy of a parameter, or None where the parameter as it stands is what is wanted."""
+        return effective(self, param, adapter_names)
+
+    def require_whole(self, param: str) -> None:
+        """Refuse to patch a parameter of which this process holds a shard."""
+        owner, owned = self.owner(param)
+        require_whole({owner.tensor_name(owned): self.base_parameter(param)}, "patched", UNGATHERED)
+
+    def check(self, adapter_names: list[str] | None) -> None:
+        """Say so, where an adapter runs without its patch (see `GraftState.check`)."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.slots:
+                self.states[name].check(name)
 
     # Structure
 
     def tensor_name(self, param: str) -> str:
-        """Name of the parameter in the unwrapped model."""
+        """Return the name of the parameter in the unwrapped model."""
         return f"{self.tensor_prefix}.{param}" if self.tensor_prefix else param
 
     def holder(self, param: str) -> tuple[nn.Module, str]:
-        """The module that owns a parameter, and its name there."""
+        """Return the module that owns a parameter, and the parameter's name there."""
         module, _, name = param.rpartition(".")
         base = self.get_base_layer()
         return (base.get_submodule(module) if module else base), name
 
     def base_parameter(self, param: str) -> torch.Tensor:
-        """The base's parameter itself (patched in place while merged), also while it is offloaded."""
+        """Return the base's parameter itself (patched while merged), also while it is offloaded."""
         return real_parameter(*self.holder(param))
 
     def get_base_layer(self) -> Any:
-        """The wrapped module."""
+        """Return the wrapped module."""
         return self._modules["base_layer"]
 
     @property
     def slots(self) -> dict[str, Slot]:
-        """What each adapter holds for this layer; every forward looks here, so past the attributes of modules."""
+        """Return the slot of each adapter, by its name, in one look-up: every forward needs them."""
         return cast(dict[str, Slot], cast(nn.Module, self._modules["graft_patch"])._modules)
 
     def slot(self, adapter_name: str) -> Slot:
-        """What an adapter holds for this layer."""
+        """Return the entries that an adapter holds for this layer."""
         return self.slots[adapter_name]
 
     def add_slot(self, adapter_name: str, params: list[str] | None = None) -> None:
@@ -106,6 +220,7 @@ class GraftLayer(PatchedRun, Facade):
             slot.eligible = tuple(param for param in self.keys if param in {*slot.eligible, *eligible})
         else:
             self.graft_patch[adapter_name] = Slot(eligible)
+        self.states.changed()
 
     def install(
         self,
@@ -126,23 +241,25 @@ class GraftLayer(PatchedRun, Facade):
             self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], base)
         elif is_sharded(self.base_parameter(param)):
             self.states[adapter_name].note_base(self.tensor_name(param), self.base_entries(param, indices.to(device)))
+        self.states.changed()
 
     def clear(self, adapter_name: str, params: Iterable[str] | None = None) -> None:
         """Take an adapter's entries away, of all parameters or of these."""
         if adapter_name in self.graft_patch:
             for param in self.keys if params is None else params:
                 self.slot(adapter_name).remove(self.keys[param])
+            self.states.changed()
 
     # Patched values
 
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """The base's own values at these flat indices, also while a patch is on it."""
+        """Return the base's own values at these flat indices, int64 [n], also while a patch is on it."""
         entries = own_entries(whole(self.base_parameter(param)), indices)
         backup = (tensor.to(entries.device) for tensor in self._backup.get(param, ()))
         return restored(entries, indices, *backup) if param in self._backup else entries
 
     def own_values(self, param: str) -> torch.Tensor:
-        """All of the base's own values, detached, also while a patch is on it."""
+        """Return all of the base's own values, detached, also while a patch is on it."""
         parameter = self.base_parameter(param)
         own = own_copy(parameter)
         values = whole(parameter) if own is None else own
@@ -154,7 +271,7 @@ class GraftLayer(PatchedRun, Facade):
     def entries(
         self, adapter_name: str, param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Flat indices of an adapter's patch of one parameter, and the values it puts there.
+        """Compute an adapter's patch of one parameter.
 
         Args:
             adapter_name: Name of the adapter.
@@ -170,40 +287,29 @@ class GraftLayer(PatchedRun, Facade):
             return None
         state, name = self.states[adapter_name], self.tensor_name(param)
         indices, donor, logits = slot.entries(key, self.base_parameter(param).device)
-        mask = None if logits is None else state.mask(name).to(indices.device)
+        mask = None if logits is None else self._mask(state, name).to(indices.device)
         if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
         alpha = state.scale(name)
-        # alpha = 1 must give the donor's bits; base + (donor - base) would not.
-        exactly_donor = not isinstance(alpha, torch.Tensor) and alpha == 1
-        if exactly_donor and mask is None:
-            return indices, donor, None
-        base = self.base_entries(param, indices)
-        full = donor if exactly_donor else scaled(base, donor, alpha)
+        values = grafted_values(lambda: self.base_entries(param, indices), donor, alpha)
         if mask is None or logits is None:
-            return indices, full, None
+            return indices, values, None
         require_whole({name: logits}, "trained", UNGATHERED)
-        values = torch.where(mask, full, base)
-        return indices, straight_through(logits, values, self._start(adapter_name, param, indices), donor, alpha), mask
+        values = torch.where(mask, values, self.base_entries(param, indices))
+        start = self._start(adapter_name, param, indices)
+        return indices, straight_through(logits, values, start, donor, alpha), mask
 
-    def made_of(self, adapter_name: str, param: str) -> Hashable:
-        """Equal as long as an adapter's patch of a parameter writes the same; None where that cannot be told."""
-        slot, state, name = self.slots[adapter_name], self.states[adapter_name], self.tensor_name(param)
-        alpha = state.scale(name)
-        if isinstance(alpha, torch.Tensor):
-            return None
-        if slot.logits(self.keys[param]) is None:
-            return adapter_name, alpha, slot.making
-        state.mask(name)  # made anew where the logits have changed
-        return adapter_name, alpha, slot.making, state.making
+    def _mask(self, state: GraftState, name: str) -> torch.Tensor:
+        """Return the exact mask; inside of a call, which looked at all logits when it began, without another look."""
+        return state.known_mask(name) if threading.get_ident() in self.states.scopes else state.mask(name)
 
     def _start(self, adapter_name: str, param: str, indices: torch.Tensor) -> torch.Tensor:
-        """The base's values at a mask's candidates, as they were when it was made, where they are on record."""
+        """Return the base's values at a mask's candidates, those recorded when the mask was made if there are any."""
         recorded = self.states[adapter_name].base_values(self.tensor_name(param))
         return self.base_entries(param, indices) if recorded is None else recorded.to(indices.device)
 
-    def candidates(self, adapter_name: str, param: str) -> Part | None:
-        """What a kernel needs of a mask that trains: it writes what is taken, and wants gradients of all candidates.
+    def candidates(self, adapter_name: str, param: str) -> SparseGrad | None:
+        """Compute the patch of a mask that trains, for a kernel: entries to write, and candidates that want gradients.
 
         Returns:
             None where no mask trains: a fixed patch, or one without entries here.
@@ -217,20 +323,19 @@ class GraftLayer(PatchedRun, Facade):
         require_whole({name: logits}, "trained", UNGATHERED)
         parameter = self.base_parameter(param)
         indices, donor, _ = slot.entries(key, parameter.device)
-        mask = state.mask(name).to(indices.device)
-        at, put = indices[mask], donor[mask]
-        if alpha != 1:
-            put = scaled(self.base_entries(param, at), put, alpha)
+        mask = self._mask(state, name).to(indices.device)
+        at = indices[mask]
+        put = grafted_values(lambda: self.base_entries(param, at), donor[mask], alpha)
         carrier = straight_through(logits, logits.detach(), self._start(adapter_name, param, indices), donor, alpha)
-        return Part(indices, carrier, at, put.to(parameter.dtype))
+        return SparseGrad(indices, carrier, at, put.to(parameter.dtype))
 
     def joint_entries(
         self, adapter_names: list[str], param: str, training: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Entries of several adapters together; where they take the same entry, the mean of their values.
+        """Compute the patch of several adapters together: the mean of their values where they take the same entry.
 
-        The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out have no
-        say where another adapter takes the entry.
+        The mean does not depend on the order of the adapters. Candidates that a mask in training leaves out do
+        not count where another adapter takes the entry.
 
         Returns:
             Indices int64 [n] and values [n] in the base's dtype; None where there is no patch.
@@ -240,13 +345,13 @@ class GraftLayer(PatchedRun, Facade):
         dtype = self.base_parameter(param).dtype
         if len(found) < 2:
             return (found[0][0], found[0][1].to(dtype)) if found else None
-        indices, where = align([each[0] for each in found])
-        values, say = spread([each[1] for each in found], where, indices.numel())
+        indices, where = align_indices([each[0] for each in found])
+        values, taken = scatter_rows([each[1] for each in found], where, indices.numel())
         if training:
             masks = [torch.ones_like(at) if each[2] is None else each[2] for each, at in zip(found, where, strict=True)]
-            taken = spread(masks, where, indices.numel())[0].bool()
-            say = torch.where(taken.any(0), taken, say)
-        return indices, (total(values, say) / say.sum(0)).to(dtype)
+            chosen = scatter_rows(masks, where, indices.numel())[0].bool()
+            taken = torch.where(chosen.any(0), chosen, taken)
+        return indices, (masked_sum(values, taken) / taken.sum(0)).to(dtype)
 
     # Merging
 
@@ -268,7 +373,7 @@ class GraftLayer(PatchedRun, Facade):
         require_whole(held, "merged", "Save the adapter, and merge it in a model that is not sharded.")
         for name in names:
             self.states[name].require_ready("merged")
-        if busy := [self.tensor_name(param) for param in self.keys if is_held(self.base_parameter(param))]:
+        if busy := [self.tensor_name(param) for param in self.keys if has_patch(self.base_parameter(param))]:
             raise RuntimeError(f"adapters must be idle to be merged, got a call that patches {busy}. Wait for its end.")
         together = [*self.merged_adapters, *names]
         patches = {param: found for param in self.keys if (found := self.joint_entries(together, param)) is not None}
@@ -281,7 +386,7 @@ class GraftLayer(PatchedRun, Facade):
             for param, (indices, values) in patches.items():
                 self._backup[param] = indices, overwrite(self.base_parameter(param), indices, values)
         self.merged_adapters = together
-        Changes.note()
+        self.states.changed()
 
     def unmerge(self) -> None:
         """Put the base's own bits back."""
@@ -291,15 +396,27 @@ class GraftLayer(PatchedRun, Facade):
                 overwrite(parameter, indices, values.to(parameter))
         self._backup = {}
         self.merged_adapters = []
-        Changes.note()
+        self.states.changed()
 
     # Host contract
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the patches on or off; off also unmerges, because a tied partner may run before this layer does."""
         super().enable_adapters(enabled)
+        self.states.changed()
         if not enabled:
             self.unmerge()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the active adapters."""
+        super().set_adapter(*args, **kwargs)
+        self.states.changed()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GraftLayer:
+        """Move or cast, after which the patch must be resolved anew."""
+        super()._apply(*args, **kwargs)
+        self.states.changed()
+        return self
 
     def train(self, mode: bool = True) -> GraftLayer:
         """Switch between the straight-through mask (training) and the exact one (evaluation)."""
@@ -321,12 +438,12 @@ class GraftLayer(PatchedRun, Facade):
         """Copy with the base's own bits, also while a call has a patch on them."""
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
-        with undisturbed():
-            own = {key: value for key, value in self.__dict__.items() if key != "_plan"}
+        with copied([self.base_parameter(param) for param in self.keys]) as put_back:
+            own = {key: value for key, value in self.__dict__.items() if key not in ("_plan", "rows_by_thread")}
             clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in own.items()})
             for param in self.keys:
-                restore_copy(clone.base_parameter(param), self.base_parameter(param))
-        clone._plan, clone.kept_by, clone.rows_by_thread = None, [], {}
+                put_back(clone.base_parameter(param), self.base_parameter(param))
+        clone._plan, clone.applied_names, clone.rows_by_thread = None, [], {}
         return clone
 
     def __repr__(self) -> str:
@@ -336,3 +453,13 @@ class GraftLayer(PatchedRun, Facade):
 
 class GraftLinear(GraftLayer):
     """GraftLayer of a linear module: its class name lets `target_modules="all-linear"` find it again."""
+
+
+def _save_own_bits(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Put the base's own bits into a state dict, also while a call keeps a patch on them; a merged patch is saved."""
+    for param in cast(GraftLayer, layer).keys:
+        key = f"{prefix}base_layer.{param}"
+        saved = state_dict.get(key)
+        own = own_copy(saved) if isinstance(saved, torch.Tensor) else None
+        if own is not None:
+            state_dict[key] = own

@@ -1,7 +1,11 @@
-"""The mask over a learned graft's candidates: soft or straight-through in training, exact in evaluation."""
+"""Hold the entries of each adapter, and train the mask over a learned graft's candidates.
+
+The mask is straight-through in training and exact in evaluation.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, cast
@@ -16,24 +20,77 @@ from .backends import collectives
 from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 
 if TYPE_CHECKING:
+    from .apply.forward import AppliedScope
     from .config import GraftConfig
 
 
-class Changes:
-    """Numbers the changes of all patches and masks: as long as `last` is the same, nothing has changed."""
+_versions = itertools.count(1)  # of all models together, so that no two patches have the same number
 
-    _numbers = itertools.count()
-    last = next(_numbers)
 
-    @classmethod
-    def note(cls) -> int:
-        """Return the number of a new change."""
-        cls.last = next(cls._numbers)
-        return cls.last
+class GraftStates(dict[str, "GraftState"]):
+    """The state of each adapter by name, shared by all layers of one model.
+
+    `version` changes with every event after which a layer may have to write something else: adapters that are switched,
+    enabled, added or deleted, patches that are installed, a mask or an alpha that is another one now, a model that
+    moves. Layers resolve their patches anew when it has changed, and only then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = next(_versions)
+        self.scopes: dict[int, AppliedScope] = {}  # by thread: the call that keeps patches in place
+        self._alphas: dict[str, Any] = {}
+
+    def changed(self) -> None:
+        """Let every layer resolve its patch anew."""
+        self.version = next(_versions)
+
+    def look(self) -> None:
+        """Look for changes that nobody announces: numbers in a config, and logits that an optimizer has moved."""
+        found, known = {name: state.alpha for name, state in self.items()}, self._alphas
+        alphas = {name: dict(alpha) if isinstance(alpha, dict) else alpha for name, alpha in found.items()}
+        if alphas.keys() != known.keys() or any(_differ(alpha, known[name]) for name, alpha in alphas.items()):
+            self._alphas = alphas
+            self.changed()
+        for state in self.values():
+            state.look()
+
+    def __setitem__(self, adapter_name: str, state: GraftState) -> None:
+        """Add an adapter's state, which announces from now on when its masks have changed."""
+        super().__setitem__(adapter_name, state)
+        state.states = self
+        self.changed()
+
+    def pop(self, adapter_name: str, *default: Any) -> Any:
+        """Remove an adapter's state."""
+        self.changed()
+        return super().pop(adapter_name, *default)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraftStates:
+        """Copy without the calls that run now."""
+        clone = GraftStates()
+        memo[id(self)] = clone
+        for name, state in self.items():
+            clone[name] = copy.deepcopy(state, memo)
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the calls that run now."""
+        return _make_states, (), None, None, iter(self.items())
+
+
+def _make_states() -> GraftStates:
+    return GraftStates()
+
+
+def _differ(alpha: Any, other: Any) -> bool:
+    if isinstance(alpha, dict) and isinstance(other, dict):
+        return alpha.keys() != other.keys() or any(_differ(value, other[name]) for name, value in alpha.items())
+    return isinstance(alpha, torch.Tensor) or isinstance(other, torch.Tensor) or alpha != other
 
 
 class Slot(nn.Module):
-    """What one adapter holds for one layer: per parameter the flat indices, the donor's values, and maybe logits.
+    """The entries of one adapter in one layer: per parameter flat indices, the donor's values, and logits of a mask.
 
     A parameter without entries has no tensors here, so nothing of size zero is ever registered.
     """
@@ -42,7 +99,7 @@ class Slot(nn.Module):
         super().__init__()
         self.eligible = eligible
         self.params: list[str] = []
-        self.making = Changes.note()  # changes with what is held
+        self.version = next(_versions)  # changes with the entries
         self._shards: dict[str, nn.Parameter] = {}
 
     def install(
@@ -66,7 +123,7 @@ class Slot(nn.Module):
             self.remove(param)
         self.register_buffer(f"{param}_indices", indices)
         self.register_buffer(f"{param}_values", values)
-        self.making = Changes.note()
+        self.version = next(_versions)
         if param not in self.params:
             self.params = sorted([*self.params, param])
 
@@ -75,28 +132,24 @@ class Slot(nn.Module):
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
         self._shards.pop(f"{param}_logits", None)
-        self.making = Changes.note()
+        self.version = next(_versions)
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
-        """What is held for `param`, by kind."""
+        """Return the tensors held for `param`, by kind."""
         kinds = ("indices", "values", "logits")
         return {kind: getattr(self, f"{param}_{kind}") for kind in kinds if hasattr(self, f"{param}_{kind}")}
 
     def indices(self, param: str) -> torch.Tensor:
-        """Flat indices of `param`, int64 [n]."""
+        """Return the flat indices of `param`, int64 [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_indices"])
 
     def values(self, param: str) -> torch.Tensor:
-        """The donor's values of `param`, float [n]."""
+        """Return the donor's values of `param`, float [n]."""
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
-    def fixed(self, param: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices and values of `param`, where they are."""
-        return self.indices(param), self.values(param)
-
     def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Indices, values and logits of `param` on a device: an offloaded base is elsewhere than what it runs with."""
+        """Return indices, values and logits of `param` on a device: an offloaded base is elsewhere than its patch."""
         logits = self.logits(param)
         return (
             self.indices(param).to(device),
@@ -105,12 +158,12 @@ class Slot(nn.Module):
         )
 
     def logits(self, param: str) -> nn.Parameter | None:
-        """Mask logits of `param`, float32 [n], or None for a fixed mask."""
+        """Return the mask logits of `param`, float32 [n], or None for a fixed mask."""
         name = f"{param}_logits"
         return self._parameters[name] if name in self._parameters else None  # by [], where ZeRO-3 gathers
 
     def owned_logits(self, param: str) -> nn.Parameter | None:
-        """The logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
+        """Return the logits that the optimizer holds: under FSDP2 the shards, also while a forward sees the whole."""
         name = f"{param}_logits"
         return self._shards.get(name, self._parameters.get(name))  # by get, where it does not
 
@@ -126,7 +179,7 @@ class Slot(nn.Module):
 
 
 class GraftState:
-    """What the layers of one adapter share: the scale, and the one budget that spans all of their candidates.
+    """The state of one adapter: its scale, and the one budget that spans the candidates of all layers.
 
     Args:
         config: The adapter's config: alpha is read from it at every use, so that it can be changed there.
@@ -146,7 +199,7 @@ class GraftState:
         self._members: dict[str, tuple[Slot, str]] = {}
         self._base: dict[str, torch.Tensor] = {}
         self._masks: dict[str, torch.Tensor] = {}
-        self.making = Changes.note()  # changes with the masks
+        self.states: GraftStates | None = None  # those of the model, once it is among them
         self._seen: dict[str, nn.Parameter] = {}  # the logits that the masks were made of
         self._versions = 0
         self._settled: tuple[tuple[int, bool], ...] = ()  # whose they were, if nothing could train meanwhile
@@ -175,7 +228,7 @@ class GraftState:
         self._seen = {}
 
     def check(self, adapter_name: str) -> None:
-        """Say so, where the adapter runs without its patch.
+        """Warn or refuse where the adapter runs without its patch.
 
         Raises:
             RuntimeError: The patch was to come from a file.
@@ -212,44 +265,53 @@ class GraftState:
 
     @property
     def alpha(self) -> Any:
-        """Scale of the patch, or one per tensor name; 1 where `"auto"` is not fitted yet."""
+        """Return the scale of the patch, or one per tensor name; 1 where `"auto"` is not fitted yet."""
         alpha = self.config.alpha if self.trial is None else self.trial
         return 1.0 if alpha == "auto" else alpha
 
-    @property
-    def constant(self) -> float | None:
-        """Alpha, where it is one number and no mask may be trained; then only `Changes` change the patch."""
-        return None if self._members or not isinstance(self.alpha, int | float) else self.alpha
-
     def scale(self, name: str) -> float | torch.Tensor:
-        """Alpha of this tensor; a tensor while it is being fitted by gradients."""
+        """Return alpha of this tensor; a tensor while it is being fitted by gradients."""
         alpha = self.alpha
         return alpha.get(name, 1.0) if isinstance(alpha, dict) else alpha
 
     def logits(self) -> dict[str, nn.Parameter]:
-        """Mask logits by tensor name."""
+        """Return the mask logits by tensor name."""
         found = {name: slot.owned_logits(param) for name, (slot, param) in self._members.items()}
         return {name: logits for name, logits in found.items() if logits is not None}
 
     def mask(self, name: str) -> torch.Tensor:
-        """The exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors.
+        """Return the exact mask of this tensor's candidates: bool [n], with the budget spent over all tensors.
 
         Where the logits are sharded they are gathered, so every rank must call this together.
         """
+        self.look()
+        return self.known_mask(name)
+
+    def look(self) -> None:
+        """Make the masks anew where an optimizer, or anybody else, has changed the logits: O(tensors)."""
+        if not self._members:
+            return
+        logits = self.logits()
+        same = logits.keys() == self._seen.keys() and all(self._seen[name] is own for name, own in logits.items())
+        if not same or sum(map(version_of, logits.values())) != self._versions:
+            self._make_masks(logits)
+
+    def known_mask(self, name: str) -> torch.Tensor:
+        """Return the same as of the last look: O(1), for layers of a model that has looked when its forward began."""
         slot, param = self._members[name]
-        own = slot.owned_logits(param)
-        # Every layer asks at every step, so it must be cheap to see that nothing changed.
-        known = own is not None and self._seen.get(name) is own and self._masks[name].device == self._index(name).device
-        if not known or sum(map(version_of, self._seen.values())) != self._versions:
-            logits = self.logits()
-            masks = self.masks_of({key: whole(values) for key, values in logits.items()})
-            masks = {key: mask.to(self._index(key).device) for key, mask in masks.items()}
-            if not _are_equal(masks, self._masks):
-                self.making = Changes.note()
-            self._masks = masks
-            self._seen, self._versions = logits, sum(map(version_of, logits.values()))
-            self._settled = () if torch.is_grad_enabled() else self._holders()
+        mask, own = self._masks.get(name), slot.owned_logits(param)
+        if mask is None or self._seen.get(name) is not own or mask.device != self._index(name).device:
+            self._make_masks(self.logits())
         return self._masks[name]
+
+    def _make_masks(self, logits: dict[str, nn.Parameter]) -> None:
+        masks = self.masks_of({name: whole(values) for name, values in logits.items()})
+        masks = {name: mask.to(self._index(name).device) for name, mask in masks.items()}
+        changed, self._masks = not _are_equal(masks, self._masks), masks
+        self._seen, self._versions = logits, sum(map(version_of, logits.values()))
+        self._settled = () if torch.is_grad_enabled() else self._holders()
+        if changed and self.states is not None:
+            self.states.changed()
 
     def start_forward(self) -> None:
         """Look at the logits again: the optimizers of FSDP and DeepSpeed change them without a trace."""
@@ -269,7 +331,7 @@ class GraftState:
                 self.mask(name)
 
     def settled_masks(self) -> dict[str, torch.Tensor] | None:
-        """The masks by tensor name, without a word to other ranks; None where training may have changed them.
+        """Return the masks by tensor name without asking other ranks; None where training may have changed them.
 
         None also where the logits have been sharded since: before that, a rank may have looked at the model alone.
         """
@@ -279,11 +341,11 @@ class GraftState:
         return tuple((id(values), is_partitionable(values)) for values in self.logits().values())
 
     def note_base(self, name: str, base: torch.Tensor) -> None:
-        """Note the base's values at this tensor's entries, float [n]: from shards they can hardly be had later."""
+        """Record the base's values at this tensor's entries, float [n]; reading them from shards later is hard."""
         self._base[name] = base
 
     def base_values(self, name: str) -> torch.Tensor | None:
-        """The base's values at this tensor's candidates or noted entries, float [n]."""
+        """Return the recorded values of the base at this tensor's candidates or entries, float [n], or None."""
         return self._base.get(name)
 
     def _index(self, name: str) -> torch.Tensor:
@@ -298,7 +360,7 @@ class GraftState:
         return (slot.values(param).to(device).float() - base.float()).abs()
 
     def masks_of(self, logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
+        """Compute exact masks of the highest logit * |delta|, ties broken by (tensor name, flat index).
 
         Logits start at 1, so a learned mask starts as the magnitude mask. The factor keeps an optimizer that moves all
         logits equally fast (Adam) from trading large deltas for small ones.
@@ -342,7 +404,7 @@ def _are_equal(masks: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The values of the exact mask forward, the gradient of the mask as a number backward: alpha * (donor - base)."""
+    """Straight-through estimator: the exact mask's values forward, alpha * (donor - base) as the gradient backward."""
 
     @staticmethod
     def forward(

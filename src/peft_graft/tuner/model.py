@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -18,23 +19,62 @@ from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
 from ..peft_compat.peft_names import get_submodules
 from ..selection.rules import resolve_budget
-from .apply.forward import calling
-from .apply.mixed import rows_of
+from .apply.forward import applied
+from .apply.per_row import rows_of
 from .backends.offloaded import identity, own_names, require_memory
 from .backends.quantized import find_backend, require_float
 from .backends.sharded import gather_with, is_partitionable
 from .build_patch import PatchMaker, Target
 from .config import GraftConfig
-from .exclusive import GraftConfigs, require_no_other_method
 from .layer import GraftLayer, GraftLinear, own_parameters
-from .mask import GraftState
+from .mask import GraftState, GraftStates
 from .modules_to_save import copy_heads, name_heads
-from .parameter_hooks import SIDECAR, Sidecar
+from .parameter_hooks import CHILD_NAME, ParameterHooks
 from .publishing import keep_card, watch_trainers
 from .quantized_layer import GraftQuantizedLinear
 from .state_dict import pack, unpack
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 from .weighted import combine, read_patch
+
+
+class GraftConfigs(dict[str, PeftConfig]):
+    """The configs of a grafted model by adapter name. PEFT enters a new one here before it wraps any module."""
+
+    def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
+        """Enter a config.
+
+        Raises:
+            ValueError: It is of another method.
+        """
+        self.update({adapter_name: config})
+
+    def update(self, configs: Mapping[str, PeftConfig]) -> None:  # type: ignore[override]
+        """Enter several configs, as `__setitem__`."""
+        others = sorted({type(config).__name__ for config in configs.values() if not isinstance(config, GraftConfig)})
+        if others:
+            raise ValueError(
+                f"adapters of a grafted model must be grafts, got {', '.join(others)}. "
+                "Write the graft into the base first, base = model.merge_and_unload(), and add the other one to that."
+            )
+        super().update(configs)
+
+
+def require_no_other_method(model: nn.Module) -> None:
+    """Refuse a base that carries another PEFT method already.
+
+    Raises:
+        ValueError: Names the first layers of it.
+    """
+    found = [
+        f"{name} ({type(module).__module__.split('.')[-2]}.{type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, GraftLayer)
+    ]
+    if found:
+        raise ValueError(
+            f"base must carry no other PEFT method, got {', '.join(found[:3])}{' and more' if found[3:] else ''}. "
+            "Merge and unload that one first, base = model.merge_and_unload(), and graft the result."
+        )
 
 
 class GraftModel(PatchMaker, BaseTuner):
@@ -53,7 +93,7 @@ class GraftModel(PatchMaker, BaseTuner):
         # Set before the base class injects. The states are shared with every layer, also with those that a base
         # carries already, from an earlier call or a refused file.
         grafted = next((module for module in model.modules() if isinstance(module, GraftLayer)), None)
-        self.states: dict[str, GraftState] = {} if grafted is None else grafted.states
+        self.states = GraftStates() if grafted is None else grafted.states
         self.donors: dict[str, Donor] = {}
         self._gathers = False  # whether ZeRO-3 knows what the layers need
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -162,11 +202,11 @@ class GraftModel(PatchMaker, BaseTuner):
             return target
         key = key.replace(COMPILED, "")
         if not is_wrappable(target):
-            sidecar = getattr(target, SIDECAR, None)
-            if sidecar is None:
-                sidecar = Sidecar(target, key, self.states)
-                target.add_module(SIDECAR, sidecar)
-            return sidecar
+            hooks = getattr(target, CHILD_NAME, None)
+            if hooks is None:
+                hooks = ParameterHooks(target, key, self.states)
+                target.add_module(CHILD_NAME, hooks)
+            return hooks
         cls = GraftLinear if isinstance(target, nn.Linear | Conv1D) else GraftLayer
         layer = (GraftQuantizedLinear if quantized else cls)(target, key, self.states)
         layer.train(target.training)
@@ -180,7 +220,7 @@ class GraftModel(PatchMaker, BaseTuner):
         found: list[str] = []
         wanted = set(peft_config.target_parameters or [])
         for key, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, Sidecar) or ".base_layer" in f".{key}":
+            if isinstance(module, ParameterHooks) or ".base_layer" in f".{key}":
                 continue
             held = module.keys if isinstance(module, GraftLayer) else dict(module.named_parameters(recurse=False))
             for param in held:
@@ -297,7 +337,7 @@ class GraftModel(PatchMaker, BaseTuner):
     # Host contract
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, Sidecar):
+        if isinstance(child, ParameterHooks):
             child.detach_from_parent()
         else:
             setattr(parent, child_name, new_module)
@@ -313,7 +353,7 @@ class GraftModel(PatchMaker, BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         self._start_forward()
-        with calling(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
+        with applied(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
             yield
 
     def _start_forward(self) -> None:
@@ -324,17 +364,32 @@ class GraftModel(PatchMaker, BaseTuner):
             self._gathers = True
             for layer in self._layers():
                 base = layer.get_base_layer()
-                runs = base if isinstance(layer, Sidecar) else layer
+                runs = base if isinstance(layer, ParameterHooks) else layer
                 gather_with(runs, [*own_parameters(base).values(), *layer.graft_patch.parameters()])
-                if isinstance(layer, Sidecar):
+                if isinstance(layer, ParameterHooks):
                     layer.hook()  # again, to act after ZeRO-3's own hooks
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Keep the active patches in place for as long as this context lasts, for many batches without gradients.
+
+        Every layer's patch is written when the layer first runs, and taken off, bit for bit, at the end; also after
+        an exception. Adapters, alpha and masks may change meanwhile. A module outside of this model that shares its
+        weights sees the patches.
+
+            with torch.no_grad(), model.applied():
+                for batch in batches:
+                    model(**batch)
+        """
+        with applied(self.states):
+            yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the patches in place all the while, instead of writing them anew for every token.
 
         A module outside of this model that shares its weights sees the patches meanwhile.
         """
-        with calling(self.states, self._layers()):
+        with applied(self.states):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:

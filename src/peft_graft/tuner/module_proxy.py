@@ -1,4 +1,4 @@
-"""Facade: a wrapper that reads and writes like the module in it, with the patch on its parameters."""
+"""ModuleProxy: a wrapper that reads and writes like the module in it, with the patch on its parameters."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _WIDTH_IN = ("in_features", "in_channels", "num_embeddings", "nx", "embed_dim")
 _WIDTH_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "embed_dim")
 
 
-class Facade(nn.Module, BaseTunerLayer):
-    """What other code sees that looks into a wrapped module without calling it."""
+class ModuleProxy(nn.Module, BaseTunerLayer):
+    """Attributes of the wrapped module, patched parameters included, for code that reads them without calling it."""
 
     keys: dict[str, str]
     tied: set[str]
     base_layer: nn.Module
 
     def base_parameter(self, param: str) -> torch.Tensor:
-        """The base's parameter itself."""
+        """Return the base's parameter itself."""
         raise NotImplementedError
 
     @property
     def rows(self) -> Rows | None:
-        """The adapter of each row of the batch, while they differ."""
+        """Return the adapter of each row of the batch, while they differ."""
         raise NotImplementedError
 
     def has_entries(self, adapter_name: str, param: str) -> bool:
-        """Whether an adapter patches this parameter."""
+        """Return whether an adapter patches this parameter."""
         raise NotImplementedError
 
     def effective(self, param: str) -> torch.Tensor | None:
-        """The parameter with the active patches, or None where that is the base's own."""
+        """Return the parameter with the active patches on it, or None where that is the parameter as it stands."""
         raise NotImplementedError
 
     def _read(self, param: str) -> torch.Tensor:
@@ -51,22 +51,22 @@ class Facade(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The patched weight, for code that reads another module's weight."""
+        """Return the patched weight, for code that reads another module's weight."""
         return self._read("weight") if "weight" in self.keys else self.get_base_layer().weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The patched bias, or None."""
+        """Return the patched bias, or None."""
         return self._read("bias") if "bias" in self.keys else self.get_base_layer().bias
 
     @property
     def in_features(self) -> int | None:
-        """Width of what goes in; None where the module has none, as a norm."""
+        """Return the width of the input; None where the module has none, as a norm."""
         return self._width(_WIDTH_IN)
 
     @property
     def out_features(self) -> int | None:
-        """Width of what comes out; None where the module has none."""
+        """Return the width of the output; None where the module has none."""
         return self._width(_WIDTH_OUT)
 
     def _width(self, names: tuple[str, ...]) -> int | None:

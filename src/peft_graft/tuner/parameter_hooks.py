@@ -1,4 +1,4 @@
-"""Sidecar: what a GraftLayer is for a module of its own, for the bare parameters of a module that has submodules."""
+"""ParameterHooks: patch the bare parameters of a module that also has submodules, through its forward hooks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from .apply.forward import patched
 from .backends.sharded import require_whole
 from .layer import GraftLayer
-from .mask import GraftState
+from .mask import GraftStates
 
-SIDECAR = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
+CHILD_NAME = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
 
 
-class Sidecar(GraftLayer):
+class ParameterHooks(GraftLayer):
     """Patch bare parameters of a module that has submodules: a child that acts through the parent's forward hooks."""
 
     has_rows = False
 
-    def __init__(self, parent: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+    def __init__(self, parent: nn.Module, name: str, states: GraftStates) -> None:
         nn.Module.__init__(self)
         self.__dict__["parent"] = parent  # not registered: the parent already contains this module
         self._setup(name, states)
@@ -38,14 +39,14 @@ class Sidecar(GraftLayer):
         ]
 
     def get_base_layer(self) -> nn.Module:
-        """The parent module whose parameters are patched."""
+        """Return the parent module, whose parameters are patched."""
         return self.__dict__["parent"]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         held = {self.tensor_name(param): self.base_parameter(param) for param in self.keys}
         held |= dict(self.graft_patch.named_parameters())
         require_whole(held, "patched", "Exclude them, or raise stage3_param_persistence_threshold above their size.")
-        context = self.patched()
+        context = patched(self)
         context.__enter__()
         self._open.append(context)
 
@@ -57,7 +58,7 @@ class Sidecar(GraftLayer):
         """Remove the hooks and this module from the parent."""
         for hook in self._hooks:
             hook.remove()
-        delattr(self.get_base_layer(), SIDECAR)
+        delattr(self.get_base_layer(), CHILD_NAME)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -68,14 +69,14 @@ class Sidecar(GraftLayer):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not called: the parent's forward is patched through its hooks."""
-        raise RuntimeError("a Sidecar has no forward of its own. Call the module that contains it.")
+        """Refuse to run: the parent's forward is patched through its hooks."""
+        raise RuntimeError("a ParameterHooks has no forward of its own. Call the module that contains it.")
 
     def __getattr__(self, name: str) -> Any:
-        """Like any module: nothing is forwarded, or the parent would be searched through its own child."""
+        """Look up an attribute as any module does: forwarding would search the parent through its own child."""
         return nn.Module.__getattr__(self, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sidecar:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterHooks:
         """Copy along with the parent, whose hooks are copied with it."""
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone

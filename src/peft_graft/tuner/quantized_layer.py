@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .backends.quantized import find_backend, keep_readable, require_float
 from .layer import GraftLinear
-from .mask import GraftState
+from .mask import GraftStates
 
 
 class GraftQuantizedLinear(GraftLinear):
@@ -19,7 +19,7 @@ class GraftQuantizedLinear(GraftLinear):
     Without an active patch the wrapped module runs as it is, in its own arithmetic.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, states: dict[str, GraftState]) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, states: GraftStates) -> None:
         super().__init__(base_layer, name, states)
         self.quantization_backend = find_backend(base_layer)
         keep_readable(base_layer, name)
@@ -28,8 +28,8 @@ class GraftQuantizedLinear(GraftLinear):
         """Return the bias itself, or a dequantized copy of the weight [out_features, in_features]."""
         return self.get_base_weight().detach() if param == "weight" else super().base_parameter(param)
 
-    def _run(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check(adapter_names)
+    def run_patched(self, adapter_names: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check(adapter_names)
         patched = {param: self.effective(param, adapter_names) for param in self.keys}
         if all(tensor is None for tensor in patched.values()):
             return self.base_layer(*args, **kwargs)

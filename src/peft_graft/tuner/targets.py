@@ -19,7 +19,7 @@ from ..peft_compat.peft_names import (
 from ..peft_compat.torch_names import COMPILED as _COMPILED
 from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
-from .parameter_hooks import SIDECAR
+from .parameter_hooks import CHILD_NAME
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -99,7 +99,7 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
     units: list[str] = []
     for key, module in model.named_modules():
         inner = any(key.startswith(f"{unit}.") for unit in units)
-        if inner or key.endswith(SIDECAR):
+        if inner or key.endswith(CHILD_NAME):
             others.append(key)
             continue
         if isinstance(module, GraftLayer | AuxiliaryTrainingWrapper):

@@ -14,7 +14,7 @@ from .backends.quantized import require_float
 from .build_patch import PatchMaker
 from .config import GraftConfig
 from .modules_to_save import choose_heads
-from .parameter_hooks import Sidecar
+from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
 _ORIGIN = ("donor", "donor_revision", "selection", "alpha", "provenance")  # what is kept of the config of a source
@@ -106,8 +106,8 @@ def _config(tuner: PatchMaker, adapters: Sequence[str], patch: Patch) -> GraftCo
     """The config of a graft that needs no donor and targets what any of the adapters does."""
     first = tuner.peft_config[adapters[0]]
     targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
-    bare = sorted(name for name, (layer, _) in targets.items() if isinstance(layer, Sidecar))
-    modules = {layer.tensor_prefix for layer, _ in targets.values() if not isinstance(layer, Sidecar)}
+    bare = sorted(name for name, (layer, _) in targets.items() if isinstance(layer, ParameterHooks))
+    modules = {layer.tensor_prefix for layer, _ in targets.values() if not isinstance(layer, ParameterHooks)}
     rules = {tuner.peft_config[adapter].selection for adapter in adapters}
     saved = [name for adapter in adapters for name in tuner.peft_config[adapter].modules_to_save or []]
     return GraftConfig(

@@ -13,10 +13,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from grafts import assert_same, graft, output, parameters
+from grafts import assert_same, graft, output, parameters, runs
 from models import perturbed, tiny_gpt2
 from peft_graft import GraftConfig
-from peft_graft.tuner.apply import in_place
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
 OPTIONS: dict[str, Any] = {"density": 0.2, "target_modules": "all", "task_type": "CAUSAL_LM"}
@@ -147,7 +146,7 @@ def test_a_model_that_moves_at_its_first_forward_gets_its_bits_back() -> None:
 
     handle = model.base_model.model.register_forward_pre_hook(move)
     assert are_equal(generated(model), wanted)
-    assert not in_place._covers
+    assert not runs(model)
     assert_same(parameters(model.unload()), parameters(base))
 
 

@@ -15,12 +15,22 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from grafts import MLP, assert_same, graft, output, parameters, same_bits
+from grafts import MLP, assert_same, graft, output, parameters, runs, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_mixtral
 from peft_graft import GraftConfig
-from peft_graft.tuner.apply import forward, in_place
-from peft_graft.tuner.apply.forward import calling
-from peft_graft.tuner.apply.in_place import Hold, can_write, is_held, own_copy, own_entries, patched_copy, written
+from peft_graft.tuner import mask
+from peft_graft.tuner.apply.forward import applied
+from peft_graft.tuner.apply.in_place import (
+    NOTHING,
+    PatchLease,
+    ResolvedTensor,
+    can_write,
+    has_patch,
+    own_copy,
+    own_entries,
+    patched_copy,
+    written,
+)
 from peft_graft.tuner.apply.sparse_grad import is_simple
 
 WIDE = 192  # 192 x 192 entries: wide enough to be patched in place
@@ -89,7 +99,7 @@ def test_the_forward_reads_the_bases_own_storage_and_leaves_its_bits(alpha: floa
         merged.merge_adapter()
         assert torch.equal(unmerged, merged(IDS)) and not torch.equal(unmerged, base(IDS))
     assert [weight._version for weight in weights] == versions
-    assert not in_place._covers
+    assert not runs(model)
     assert_same(parameters(model.unload()), parameters(base))
 
 
@@ -97,6 +107,26 @@ def test_a_view_of_a_weight_that_leaves_its_module_is_patched() -> None:
     base = nn.Sequential(Positions())
     donor = perturbed(base)
     assert not is_simple(base[0])
+    model = graft(base, donor, density=1.0)
+    with torch.no_grad():
+        assert torch.equal(model(IDS), donor(IDS))
+
+
+class LookAlikeRMSNorm(nn.Module):
+    """As transformers' norms are called, but what comes out is a view of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDE))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight[: x.shape[1]]
+
+
+def test_a_class_that_is_only_called_like_a_norm_is_not_patched_in_place() -> None:
+    base = nn.Sequential(LookAlikeRMSNorm())
+    donor = perturbed(base)
+    assert not is_simple(base[0]) and is_simple(LlamaRMSNorm(4)) and is_simple(nn.RMSNorm(4))
     model = graft(base, donor, density=1.0)
     with torch.no_grad():
         assert torch.equal(model(IDS), donor(IDS))
@@ -113,7 +143,7 @@ def test_an_error_in_the_middle_takes_the_patch_off() -> None:
     wanted = output(model, IDS)
     with torch.no_grad(), pytest.raises(IndexError):
         model(torch.tensor([[WIDE]]))
-    assert not in_place._covers
+    assert not runs(model)
     assert same_bits(output(model, IDS), wanted)
     assert_same(parameters(model.unload()), parameters(base))
 
@@ -176,25 +206,50 @@ def test_such_parameters_run_as_a_copy(how: str) -> None:
     assert same_bits(weight, before)
 
 
-def test_the_copy_of_a_patched_parameter_starts_from_its_own_bits() -> None:
+def entries(key: object, indices: list[int], values: list[float], **more: Any) -> ResolvedTensor:
+    return ResolvedTensor(key, torch.tensor(indices, dtype=torch.int64), torch.tensor(values), **more)
+
+
+def test_leases_with_the_same_patch_share_it_and_others_work_on_copies_of_the_own_bits() -> None:
     weight = torch.arange(6.0)
-    one, two = torch.tensor([0, 2, 5]), torch.tensor([2, 3])
-    first, again, other = Hold(weight, "one"), Hold(weight, "one"), Hold(weight, "two")
-    assert first.write(lambda: (one, torch.tensor([-1.0, -2.0, -3.0]))) is None
-    assert weight.tolist() == [-1, 1, -2, 3, 4, -3] and is_held(weight)
+    one, two = entries("one", [0, 2, 5], [-1.0, -2.0, -3.0]), entries("two", [2, 3], [7.0, 8.0])
+    first, again, other = PatchLease(weight), PatchLease(weight), PatchLease(weight)
+    assert first.acquire(one)
+    assert weight.tolist() == [-1, 1, -2, 3, 4, -3] and has_patch(weight)
     assert own_entries(weight, torch.arange(6)).tolist() == own_copy(weight).tolist() == [0, 1, 2, 3, 4, 5]
     assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
-    assert patched_copy(weight, two, torch.tensor([7.0, 8.0])).tolist() == [0, 1, 7, 8, 4, 5]
-    assert other.write(lambda: (two, torch.tensor([7.0, 8.0]))).tolist() == [0, 1, 7, 8, 4, 5]
-    assert again.write(lambda: pytest.fail("is there already")) is None
-    for hold in (other, first):
-        hold.erase()
+    assert patched_copy(weight, two.indices, two.values).tolist() == [0, 1, 7, 8, 4, 5]
+    assert not other.acquire(two)
+    with written(weight, two) as copied:
+        assert copied.tolist() == [0, 1, 7, 8, 4, 5]
+    assert again.acquire(one)
+    for lease in (other, first, first):
+        lease.release()
         assert weight.tolist() == [-1, 1, -2, 3, 4, -3]
-    for hold in (again, again):
-        hold.erase()
-        assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not is_held(weight) and own_copy(weight) is None
-    with written(weight, one[:0], torch.zeros(0)) as empty:
-        assert own_entries(empty, one).tolist() == [0, 2, 5]
+    for lease in (again, again):
+        lease.release()
+        assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not has_patch(weight) and own_copy(weight) is None
+    with written(weight, NOTHING) as empty:
+        assert own_entries(empty, one.indices).tolist() == [0, 2, 5]
+        assert not other.acquire(two)
+
+
+def test_a_patch_that_expects_other_values_of_the_base_is_not_written() -> None:
+    weight, lease = torch.arange(4.0), None
+    lease = PatchLease(weight)
+    assert not lease.acquire(entries("one", [1], [9.0], expected=torch.tensor([2.0])))
+    assert weight.tolist() == [0, 1, 2, 3] and not has_patch(weight)
+    assert lease.acquire(entries("one", [1], [9.0], expected=torch.tensor([1.0])))
+    lease.release()
+    assert weight.tolist() == [0, 1, 2, 3]
+
+
+def test_a_lease_that_nobody_holds_is_released() -> None:
+    weight = torch.arange(4.0)
+    lease = PatchLease(weight)
+    assert lease.acquire(entries("one", [1], [9.0]))
+    del lease
+    assert weight.tolist() == [0, 1, 2, 3] and not has_patch(weight)
 
 
 @pytest.fixture
@@ -222,7 +277,7 @@ def test_threads_share_one_model(grad: bool) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == [] and not in_place._covers
+    assert wrong == [] and not runs(model)
     assert_same(parameters(model.unload()), parameters(base))
 
 
@@ -301,15 +356,15 @@ def assert_as_many_writes_for_more_tokens(model: nn.Module) -> None:
 def test_generating_writes_the_patch_once() -> None:
     base, model = language_model()
     assert_as_many_writes_for_more_tokens(model)
-    assert not in_place._covers
+    assert not runs(model)
     assert_same(parameters(model.unload()), parameters(base))
 
 
-def test_without_a_task_type_the_patch_is_written_with_the_first_two_tokens() -> None:
+def test_generating_without_a_task_type_writes_the_patch_once() -> None:
     base = tiny_gpt2()
     model = graft(base, perturbed(base, scale=0.3), density=0.2, target_modules="all").eval()
     assert_as_many_writes_for_more_tokens(model)
-    assert not in_place._covers and not forward._calls.stack
+    assert not runs(model)
 
 
 def test_a_call_that_fails_leaves_nothing() -> None:
@@ -320,7 +375,7 @@ def test_a_call_that_fails_leaves_nothing() -> None:
 
     with pytest.raises(KeyError, match="wanted"):
         generated(model, 3, logits_processor=[fail])
-    assert not in_place._covers and not forward._calls.stack
+    assert not runs(model)
     assert_same(parameters(model.unload()), parameters(base))
 
 
@@ -328,7 +383,7 @@ def test_gradients_flow_inside_of_a_call() -> None:
     base = MLP()
     model = graft(base, perturbed(base), density=0.5, selection="learned")
     x = torch.randn(5, 4)
-    with calling(model.base_model.states):
+    with applied(model.base_model.states):
         with torch.no_grad():
             kept = [model.base_model.model(x) for _ in range(3)]
         out = model.base_model.model(x)
@@ -367,6 +422,219 @@ def test_what_is_switched_while_generating_is_switched() -> None:
     assert len(seen) == 2
     assert all(torch.equal(value, wanted[name]) for one in seen for name, value in one.items())
     assert_same(parameters(model.unload()), parameters(base))
+
+
+# Interrupts
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt at the n-th place where Python looks for signals: as functions begin, or C returns."""
+
+    FILES = ("peft_graft", "contextlib", "peft_model.py")
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        place = event in ("call", "c_return") and frame.f_code.co_name != "__del__"  # there, Python ignores it
+        if self.left and place and any(name in frame.f_code.co_filename for name in self.FILES):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupts:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        sys.setprofile(None)
+
+
+def _forward(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(IDS)
+
+
+def _under_applied(model: nn.Module) -> None:
+    with torch.no_grad(), model.applied():
+        model(IDS)
+        model(IDS)
+
+
+def _under_grad(model: nn.Module) -> None:
+    model(IDS)
+
+
+@pytest.mark.parametrize("call", [_forward, _under_applied, _under_grad])
+def test_an_interrupt_anywhere_leaves_the_bases_own_bits(call: Any) -> None:
+    base, _, model = grafted(alpha=2.5, positions=False)
+    wanted = output(model, IDS)
+    own = parameters(model)
+    for at in range(1, 5000):
+        with Interrupts(at) as interrupts:
+            try:
+                call(model)
+            except KeyboardInterrupt:
+                pass
+        assert not runs(model), f"interrupt {at}"
+        assert_same(parameters(model), own)
+        if interrupts.left:  # the call has come to its end
+            break
+    assert 50 < at < 4999, at
+    assert torch.equal(output(model, IDS), wanted)
+    assert not model.base_model.states.scopes
+
+
+# What others see meanwhile
+
+
+def test_a_state_dict_taken_while_generating_has_the_bases_own_bits() -> None:
+    base, model = language_model()
+    wanted, found = {key: value.clone() for key, value in model.state_dict().items()}, []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found.append({key: value.clone() for key, value in model.state_dict().items()})
+        return scores
+
+    generated(model, 2, logits_processor=[look])
+    assert len(found) == 2
+    for state_dict in found:
+        assert_same(state_dict, wanted)
+
+
+def test_the_state_dict_of_a_merged_model_has_the_patch() -> None:
+    base, _, model = grafted()
+    model.merge_adapter()
+    assert not torch.equal(model.state_dict()["base_model.model.linear.base_layer.weight"], base.linear.weight)
+
+
+def test_unrelated_models_do_not_wait_for_each_other() -> None:
+    """While one model's patch is being written, another model runs from beginning to end."""
+    slow, fast = grafted()[2], grafted()[2]
+    wanted, found = output(fast, IDS), []
+    inside, finish = threading.Event(), threading.Event()
+
+    class Slow(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.index_copy_:
+                inside.set()
+                finish.wait(20)
+            return func(*args, **(kwargs or {}))
+
+    def hang() -> None:
+        with Slow():
+            output(slow, IDS)
+
+    def serve() -> None:
+        found.append(output(fast, IDS))
+
+    hanging, serving = threading.Thread(target=hang), threading.Thread(target=serve)
+    hanging.start()
+    assert inside.wait(20)
+    serving.start()
+    serving.join(10)
+    served = not serving.is_alive()
+    finish.set()
+    hanging.join()
+    serving.join()
+    assert served and torch.equal(found[0], wanted)
+
+
+def test_two_threads_with_two_adapters_of_one_base_get_their_own_logits() -> None:
+    base, model = language_model()
+    batch, wanted, wrong = {"input_ids": torch.tensor([[5, 6, 7]])}, {}, []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        wanted[name] = output(model, batch)
+    assert not torch.equal(*wanted.values())
+
+    def serve(name: str) -> None:
+        with torch.no_grad():
+            for turn in range(25):
+                if not torch.equal(model(**batch, adapter_names=[name]).logits, wanted[name]):
+                    wrong.append((name, turn))
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+class CountLooks:
+    """Counts how often a version of the mask logits is read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        version = mask.version_of
+
+        def counted(tensor: torch.Tensor) -> int:
+            self.count += 1
+            return version(tensor)
+
+        monkeypatch.setattr(mask, "version_of", counted)
+
+
+def test_a_training_step_looks_at_every_logit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per layer, which would make a step quadratic in the number of layers."""
+    looks = []
+    for depth in (4, 8):
+        base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)])
+        model = graft(base, perturbed(base), density=0.1, selection="learned").train()
+        model(torch.randn(2, 8)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1.0)
+        counter = CountLooks(monkeypatch)
+        model(torch.randn(2, 8)).sum().backward()
+        looks.append(counter.count)
+    assert 0 < looks[1] <= 2 * looks[0] + 2
+
+
+# Explicitly in place
+
+
+def test_applied_writes_the_patch_once_for_many_batches() -> None:
+    base, _, model = grafted()
+    wanted = output(model, IDS)
+    with CountWrites() as writes, torch.no_grad(), model.applied():
+        once = torch.equal(model(IDS), wanted), writes.count
+        assert once[0] and writes.count > 0
+        assert torch.equal(model(IDS), wanted) and writes.count == once[1]
+        assert runs(model)
+    assert not runs(model)
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_applied_follows_what_changes_meanwhile() -> None:
+    base, donor, model = grafted(positions=False)
+    wanted = {}
+    for alpha in (1.0, 2.5):
+        model.peft_config["default"].alpha = alpha
+        wanted[alpha] = output(model, IDS)
+    with torch.no_grad(), model.applied():
+        for alpha in (2.5, 1.0, 2.5):
+            model.peft_config["default"].alpha = alpha
+            assert torch.equal(model(IDS), wanted[alpha])
+        with model.disable_adapter():
+            assert torch.equal(model(IDS), base(IDS))
+        assert torch.equal(model(IDS), wanted[2.5])
+    assert_same(parameters(model.unload()), parameters(base))
+
+
+def test_a_scaled_patch_follows_a_base_that_changes() -> None:
+    """Values of alpha != 1 are computed from the base once, and again where the base has other values now."""
+    base, _, model = grafted(alpha=2.5, positions=False)
+    before = output(model, IDS)
+    weight = model.get_parameter("base_model.model.linear.base_layer.weight")
+    weight.data += 0.5  # unseen by version counters
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    found = output(model, IDS)
+    assert torch.equal(found, output(merged, IDS)) and not torch.equal(found, before)
 
 
 # Compilers

@@ -18,7 +18,7 @@ from models import inputs, perturbed, tiny_bert
 from peft_graft import GraftConfig
 from peft_graft.tuner.apply import forward
 from peft_graft.tuner.apply.in_place import patched_copy
-from peft_graft.tuner.apply.sparse_grad import Part, choose_kernel, patched_run, product_at
+from peft_graft.tuner.apply.sparse_grad import SparseGrad, choose_kernel, patched_run, product_at
 
 KERNELS = ("gathered", "sampled", "dense")
 CPU = torch.device("cpu")
@@ -75,10 +75,10 @@ class Dense(nn.Module):
         return torch.func.functional_call(self.unit, tensors, (x,))
 
 
-def part(parameter: torch.Tensor, every: int) -> Part:
+def part(parameter: torch.Tensor, every: int) -> SparseGrad:
     indices = torch.arange(0, parameter.numel(), every)
     values = torch.randn(len(indices), dtype=parameter.dtype).requires_grad_()
-    return Part(indices, values, indices, values.detach())
+    return SparseGrad(indices, values, indices, values.detach())
 
 
 UNITS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
@@ -126,7 +126,7 @@ def test_gradcheck(name: str) -> None:
     x = x.double().requires_grad_() if x.is_floating_point() else x
 
     def call(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return run(unit, x, Part(indices, values, indices, values.detach()), None)
+        return run(unit, x, SparseGrad(indices, values, indices, values.detach()), None)
 
     assert torch.autograd.gradcheck(call, (x, values))
 

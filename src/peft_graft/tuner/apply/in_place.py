@@ -1,38 +1,203 @@
-"""Write a patch into a parameter's own storage while something runs: O(patch), where a patched copy is O(parameter)."""
+"""Write a patch into a parameter's own storage for a while: O(patch), where a patched copy is O(parameter).
+
+Who runs on a patch holds a `PatchLease` on each parameter. The first lease writes the patch, the last one restores the
+base's bits, and leases with the same patch share it, also between threads. A parameter that has another patch on it is
+left alone; its user works on a patched copy.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 
-class _Cover:
-    """A patch that is on a parameter right now, and what it covers."""
+class ResolvedTensor(NamedTuple):
+    """The entries of one parameter, ready to be written.
 
-    def __init__(self, owner: Hashable, data: torch.Tensor, indices: torch.Tensor, before: torch.Tensor) -> None:
-        self.owner, self.data, self.indices, self.before = owner, data, indices, before  # nobody else gets its address
-        self.users = 0
+    Attributes:
+        key: Equal for the same entries; None for entries that nobody else shares.
+        indices: Flat indices, int64 [n], increasing.
+        values: The values to write, [n], in the parameter's dtype.
+        expected: The base's values that `values` were computed from, [n]; None where they do not depend on the base.
+    """
+
+    key: Hashable
+    indices: torch.Tensor
+    values: torch.Tensor
+    expected: torch.Tensor | None = None
 
 
-_covers: dict[int, _Cover] = {}  # by address: tied parameters share one
-_lock = threading.RLock()
+# A patch of no entries: it keeps others from writing theirs while a module runs on the base's own bits.
+NOTHING = ResolvedTensor((), torch.empty(0, dtype=torch.int64), torch.empty(0))
+
+
+class AppliedPatch:
+    """A patch that is on a parameter right now, with the base's values that it covers."""
+
+    __slots__ = ("address", "before", "data", "lock", "patch", "users")
+
+    def __init__(self, data: torch.Tensor, address: int, patch: ResolvedTensor) -> None:
+        self.data, self.address, self.patch = data, address, patch  # holding the data keeps its address taken
+        self.before: torch.Tensor | None = None  # the base's values at the indices, [n]
+        self.users: set[int] = set()  # ids of leases, so that a lease can be collected
+        self.lock = threading.RLock()  # reentrant, because a lease may be collected while its thread is in here
+
+    def write(self) -> bool:
+        """Write the patch; return False, and write nothing, where the base is not as the patch expects it."""
+        _, indices, values, expected = self.patch
+        if indices.numel():
+            before = self.data.view(-1).index_select(0, indices)
+            if expected is not None and not torch.equal(before, expected):
+                return False
+            self.before = before  # before the write, so that an interrupt in between does no harm
+            self.data.view(-1).index_copy_(0, indices, values)
+        return True
+
+    def restore(self, parameter: torch.Tensor) -> None:
+        """Put the base's bits back; also into the parameter's new storage, if a hook has moved the model meanwhile."""
+        if self.before is None:
+            return
+        moved = parameter.data
+        for data in [self.data] if moved.data_ptr() == self.address else [self.data, moved]:
+            overwrite(data, self.patch.indices.to(data.device), self.before.to(data))
+
+
+_applied: dict[int, AppliedPatch] = {}  # by address, so that tied parameters share one
+
+
+class PatchLease:
+    """The right to run on a parameter with one patch on it, until `release`.
+
+    Releasing twice does nothing, and a lease that nobody holds any more is released: an interrupt may come anywhere.
+
+    Args:
+        parameter: The parameter.
+    """
+
+    __slots__ = ("_applied", "_parameter")
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter = parameter
+        self._applied: AppliedPatch | None = None
+
+    def acquire(self, patch: ResolvedTensor) -> bool:
+        """Write the patch, or join those who run on the same.
+
+        Args:
+            patch: What to write.
+
+        Returns:
+            Whether the parameter has the patch now. False where others run on another one, and where the base has
+            changed since the patch was resolved.
+        """
+        address = self._parameter.data_ptr()
+        while True:
+            applied = _applied.get(address)
+            if applied is None:
+                written = self._write(AppliedPatch(self._parameter.data, address, patch))
+                if written is not None:
+                    return written
+            elif patch.key is None or applied.patch.key != patch.key:
+                return False
+            elif self._join(applied):
+                return True
+
+    def join(self) -> AppliedPatch:
+        """Keep the parameter as it is for a while, whatever patch is on it."""
+        address = self._parameter.data_ptr()
+        while True:
+            applied = _applied.get(address)
+            if applied is None:
+                fresh = AppliedPatch(self._parameter.data, address, NOTHING)
+                if self._write(fresh):
+                    return fresh
+            elif self._join(applied):
+                return applied
+
+    def _write(self, fresh: AppliedPatch) -> bool | None:
+        """Register a patch and write it; None where another thread was faster."""
+        self._applied = fresh  # first, so that whatever follows can be undone
+        with fresh.lock:
+            fresh.users.add(id(self))
+            if _applied.setdefault(fresh.address, fresh) is not fresh:
+                self._applied = None
+                return None
+            if fresh.write():
+                return True
+            self.release()
+            return False
+
+    def _join(self, applied: AppliedPatch) -> bool:
+        """Use a patch that is there; False where its last user has just left."""
+        self._applied = applied
+        with applied.lock:
+            applied.users.add(id(self))
+            if _applied.get(applied.address) is applied:
+                return True
+            applied.users.discard(id(self))
+        self._applied = None
+        return False
+
+    def release(self) -> None:
+        """Put the base's bits back, unless others still run on the patch."""
+        applied = self._applied
+        if applied is None:
+            return
+        with applied.lock:
+            applied.users.discard(id(self))
+            if not applied.users and _applied.get(applied.address) is applied:
+                applied.restore(self._parameter)
+                _applied.pop(applied.address, None)
+        self._applied = None
+
+    def __del__(self) -> None:
+        """Release what an exception has left behind."""
+        if getattr(self, "_applied", None) is not None:
+            self.release()
+
+
+def release_all(leases: Iterable[PatchLease]) -> None:
+    """Release several leases, all of them also where an interrupt comes in between."""
+    try:
+        for lease in leases:
+            lease.release()
+    finally:
+        for lease in leases:
+            lease.release()
+
+
+@contextmanager
+def written(parameter: torch.Tensor, patch: ResolvedTensor) -> Iterator[torch.Tensor]:
+    """Give the parameter with a patch on it, or a patched copy where it cannot be written to."""
+    lease = PatchLease(parameter)
+    try:
+        held = can_write(parameter) and lease.acquire(patch)
+        yield parameter if held else patched_copy(parameter.detach(), patch.indices, patch.values)
+    finally:
+        lease.release()
 
 
 def is_traced() -> bool:
-    """Whether the calls are recorded for a compiler, which is to see functions and no side effects."""
+    """Return whether a compiler records the calls, which is to see functions and no side effects."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def can_write(parameter: torch.Tensor) -> bool:
-    """Whether nobody else can notice that the parameter is overwritten for a while.
+@torch.compiler.disable
+def uncompiled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function as it is, in the middle of compiled code."""
+    return run(*args, **kwargs)
 
-    Not where autograd or autocast may keep its values, where other processes share its memory, and where it is sharded
-    or holds no values.
+
+def can_write(parameter: torch.Tensor) -> bool:
+    """Return whether nobody else can notice that the parameter is overwritten for a while.
+
+    Autograd and autocast may keep the values of a parameter that requires gradients; other processes may share its
+    memory; and a sharded one, or one on the meta device, holds no values of its own.
     """
     return (
         type(parameter) in (nn.Parameter, torch.Tensor)
@@ -44,32 +209,17 @@ def can_write(parameter: torch.Tensor) -> bool:
     )
 
 
-@torch.compiler.disable
-def uncompiled(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run something as it is, in the middle of what is compiled."""
-    return run(*args, **kwargs)
-
-
-def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Replace entries by what they were before a patch.
+def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Write values at flat indices, unseen by autograd.
 
     Args:
-        entries: Values at `at`, float [n].
-        at: Flat indices, int64 [n].
-        indices: Flat indices of the patch, int64 [k], increasing.
-        before: What the patch covers, float [k].
+        parameter: Where to write.
+        indices: Flat indices, int64 [n], increasing.
+        values: What to write, [n], in the parameter's dtype.
 
     Returns:
-        Values at `at` without the patch, float [n].
+        The values that were there, [n].
     """
-    if not indices.numel():
-        return entries
-    where = torch.searchsorted(indices, at).clamp_(max=indices.numel() - 1)
-    return torch.where(indices[where] == at, before[where].to(entries), entries)
-
-
-def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Write values, [k], at these flat indices, int64 [k], unseen by autograd; return what was there."""
     data = parameter.data
     if not data.is_contiguous():
         before = data.take(indices)
@@ -81,136 +231,94 @@ def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tens
     return before
 
 
+def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Replace entries by their values before a patch.
+
+    Args:
+        entries: Values at `at`, float [n].
+        at: Flat indices, int64 [n].
+        indices: Flat indices of the patch, int64 [k], increasing.
+        before: The values that the patch covers, float [k].
+
+    Returns:
+        Values at `at` without the patch, float [n].
+    """
+    if not indices.numel():
+        return entries
+    where = torch.searchsorted(indices, at).clamp_(max=indices.numel() - 1)
+    return torch.where(indices[where] == at, before[where].to(entries), entries)
+
+
+def has_patch(parameter: torch.Tensor) -> bool:
+    """Return whether somebody runs on the parameter right now."""
+    return bool(_applied) and parameter.data_ptr() in _applied
+
+
+@contextmanager
+def _kept(parameter: torch.Tensor) -> Iterator[AppliedPatch]:
+    """Keep others from writing to the parameter, or from restoring it, while its bits are read."""
+    lease = PatchLease(parameter)
+    try:
+        yield lease.join()
+    finally:
+        lease.release()
+
+
 def own_entries(parameter: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The parameter's own values at these flat indices, also while a patch is written into it."""
+    """Return the base's values at these flat indices, int64 [n], also while a patch is on the parameter."""
     flat = parameter.detach().reshape(-1)
-    if is_traced():
+    if is_traced() or parameter.is_meta:
         return flat[indices]
-    with _lock:
-        cover, entries = _covers.get(parameter.data_ptr()), flat[indices]
-    return entries if cover is None else restored(entries, indices, cover.indices, cover.before)
-
-
-def any_held() -> bool:
-    """Whether any parameter has a patch written into it right now."""
-    return bool(_covers)
-
-
-def is_held(parameter: torch.Tensor) -> bool:
-    """Whether a patch is written into the parameter right now."""
-    return bool(_covers) and parameter.data_ptr() in _covers
+    with _kept(parameter) as applied:
+        entries, before = flat[indices], applied.before
+        return entries if before is None else restored(entries, indices, applied.patch.indices, before)
 
 
 def own_copy(parameter: torch.Tensor) -> torch.Tensor | None:
-    """A copy of the parameter with its own bits, while a patch is written into it; else None."""
-    if not _covers or is_traced():
+    """Return a copy of the parameter with the base's bits, while a patch is on it; else None."""
+    if not _applied or is_traced() or not has_patch(parameter):
         return None
-    with _lock:
-        cover = _covers.get(parameter.data_ptr())
-        if cover is None or not cover.indices.numel():  # which only keeps others from writing
-            return None
-        return _put(parameter.detach(), cover.indices, cover.before)
-
-
-def restore_copy(copied: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Give a copy that was made of a parameter the parameter's own bits, whatever was written into it."""
-    cover = _covers.get(parameter.data_ptr()) if _covers else None
-    if cover is not None and cover.indices.numel():
-        overwrite(copied, cover.indices, cover.before)
-
-
-def undisturbed() -> AbstractContextManager[Any]:
-    """Let no patch be written or taken off for a while, except by this thread."""
-    return _lock
+    with _kept(parameter) as applied:
+        return None if applied.before is None else _put(parameter.detach(), applied.patch.indices, applied.before)
 
 
 def patched_copy(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A copy of the parameter with these values at these flat indices; gradients reach the values."""
-    if is_traced():
+    """Return a copy of the parameter with these values at these flat indices; gradients reach the values."""
+    if is_traced() or parameter.is_meta:
         return _put(parameter, indices, values)
-    with _lock:
+    with _kept(parameter):
         own = own_copy(parameter)
         return _put(parameter if own is None else own, indices, values)
+
+
+@contextmanager
+def copied(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], None]]:
+    """Let parameters be copied while others run on them.
+
+    Args:
+        parameters: The parameters that are copied inside.
+
+    Yields:
+        A function that puts the base's bits into a copy: `put_back(copy, parameter)`.
+    """
+    leases: dict[int, PatchLease] = {}
+
+    def put_back(copy: torch.Tensor, parameter: torch.Tensor) -> None:
+        applied = _applied.get(parameter.data_ptr())
+        if applied is not None and applied.before is not None and not copy.is_meta:
+            overwrite(copy, applied.patch.indices, applied.before)
+
+    try:
+        for parameter in parameters:
+            if not parameter.is_meta:
+                lease = leases.setdefault(parameter.data_ptr(), PatchLease(parameter))
+                lease.join()
+        yield put_back
+    finally:
+        release_all(leases.values())
 
 
 def _put(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         return tensor.put(indices, values)  # keeps the order in memory
     return tensor.view(-1).index_put((indices,), values).view(tensor.shape)
-
-
-_NOTHING = torch.empty(0, dtype=torch.int64), torch.empty(0)
-
-
-def nothing() -> tuple[torch.Tensor, torch.Tensor]:
-    """A patch of no entries, which keeps others from writing theirs meanwhile."""
-    return _NOTHING
-
-
-class Hold:
-    """A call that runs with a patch on a parameter.
-
-    Several may share one patch, one inside the other or in several threads: the first writes it, the last takes it
-    off. Who comes with another patch in the meantime, or to a parameter that must not be touched, works on a copy.
-    A thread that reads the parameter without asking here, as another model that shares it may, sees the patch.
-
-    Args:
-        parameter: The parameter.
-        owner: Equal for calls that write the same values, () for nothing; None for a patch of this call alone.
-    """
-
-    def __init__(self, parameter: torch.Tensor, owner: Hashable = None) -> None:
-        self.parameter, self.owner = parameter, owner
-        self._cover: _Cover | None = None
-
-    def write(self, patch: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
-        """Write the patch.
-
-        Args:
-            patch: Returns flat indices, int64 [k], increasing, and what to write there, [k], in the parameter's dtype.
-                Not called where the patch is there already.
-
-        Returns:
-            A patched copy, where the parameter itself cannot have the patch; else None.
-        """
-        if can_write(self.parameter):
-            key = self.parameter.data_ptr()
-            with _lock:
-                cover = _covers.get(key)
-                if cover is None:
-                    indices, values = patch()
-                    before = overwrite(self.parameter, indices, values.detach()) if indices.numel() else values
-                    self._cover = _covers[key] = _Cover(self.owner, self.parameter.data, indices, before)
-                elif self.owner is not None and cover.owner == self.owner:
-                    self._cover = cover
-                if self._cover is not None:
-                    self._cover.users += 1
-                    return None
-        indices, values = patch()
-        return patched_copy(self.parameter.detach(), indices, values) if indices.numel() else own_copy(self.parameter)
-
-    def erase(self) -> None:
-        """Put the parameter's own bits back, unless others still need the patch."""
-        if self._cover is None:
-            return
-        with _lock:
-            self._cover.users -= 1
-            if not self._cover.users:
-                data, moved = self._cover.data, self.parameter.data
-                del _covers[data.data_ptr()]
-                # The model may have been moved or cast meanwhile, as by a hook at its first forward.
-                for each in [data] if moved.data_ptr() == data.data_ptr() else [data, moved]:
-                    if self._cover.indices.numel():
-                        overwrite(each, self._cover.indices.to(each.device), self._cover.before.to(each))
-        self._cover = None
-
-
-@contextmanager
-def written(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The parameter, or a copy of it, with a patch for a while (see `Hold`)."""
-    hold = Hold(parameter)
-    other = hold.write(lambda: (indices, values))
-    try:
-        yield parameter if other is None else other
-    finally:
-        hold.erase()

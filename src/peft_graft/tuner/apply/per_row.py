@@ -1,20 +1,26 @@
-"""Rows of one batch that run differently: which adapter each has, and the run itself."""
+"""Run the rows of one batch with different adapters: `model(**batch, adapter_names=["a", "b", "__base__"])`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...peft_compat.torch_names import DisableTorchFunctionSubclass
+
+if TYPE_CHECKING:
+    from ..layer import GraftLayer
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 class Rows:
-    """The adapter of each row of a batch, for modules that see the rows, their beams, or their tokens in that order.
+    """The adapter of each row of a batch. Modules may see the rows, their beams, or their tokens, in that order.
 
     Args:
         adapter_names: One name per row of the batch.
@@ -25,7 +31,7 @@ class Rows:
         self._multiples = {1}
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note how many beams and tokens a row has: the hook of a model that is about to run.
+        """Note how many beams and tokens a row has; a forward pre-hook of the model.
 
         Other multiples of the rows say nothing about their order: experts may get all rows once per expert.
         """
@@ -37,7 +43,7 @@ class Rows:
         return bool(self.names) and count > 0 and count % len(self.names) == 0
 
     def spread(self, count: int, where: str, known: Callable[[str], bool] = bool) -> list[str]:
-        """Give each of `count` rows its adapter.
+        """Return the adapter of each of `count` rows.
 
         Args:
             count: Rows that a module sees.
@@ -107,7 +113,7 @@ def run_by_row(
 
 
 class OnlyMetadata(torch.Tensor):
-    """A parameter of which others may read dtype, device and shape, but not values: these differ by row."""
+    """A parameter whose dtype, device and shape can be read, but not its values, because these differ by row."""
 
     _ALLOWED = frozenset(
         getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")
@@ -117,7 +123,7 @@ class OnlyMetadata(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Refuse everything that looks at values.
+        """Refuse operations that look at values.
 
         Raises:
             ValueError: Something does.
@@ -129,3 +135,87 @@ class OnlyMetadata(torch.Tensor):
             )
         with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def rows_of(model: nn.Module, layers: Sequence[GraftLayer], adapter_names: Sequence[str]) -> Iterator[None]:
+    """Let every grafted layer, and every module that PEFT saves whole, run each row with the adapter it names.
+
+    Other threads may run the same model meanwhile, with other rows or none.
+
+    Args:
+        model: The model that holds the adapters, in evaluation mode.
+        layers: Its grafted layers.
+        adapter_names: One name per row of the batch; `"__base__"` for none. Where a module sees the beams or the
+            tokens of the rows, laid out one after the other, each name stands for those in its place.
+
+    Raises:
+        ValueError: Training mode, a name that is no adapter, merged adapters, or a patch of parameters that are not
+            applied row by row; all offenders at once.
+    """
+    problems = list(_problems(model, layers, sorted({*adapter_names} - {BASE})))
+    if problems:
+        raise ValueError(" ".join(problems))
+    rows, thread = Rows(adapter_names), threading.get_ident()
+    with ExitStack() as undo:
+        undo.callback(model.register_forward_pre_hook(_in(thread, rows.see), with_kwargs=True).remove)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                handle = module.register_forward_pre_hook(_in(thread, _names_for(rows)), with_kwargs=True)
+                undo.callback(handle.remove)
+        for layer in layers:
+            undo.callback(_put_back, layer.rows_by_thread, thread, layer.rows)
+            layer.rows_by_thread[thread] = rows
+        yield
+
+
+def _put_back(held: dict[int, Rows], thread: int, rows: Rows | None) -> None:
+    del held[thread]
+    if rows is not None:
+        held[thread] = rows
+
+
+def _in(thread: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that acts in one thread only."""
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+
+def _names_for(rows: Rows) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "adapter_names": rows.spread(len(args[0]), type(module).__name__)}
+
+    return hook
+
+
+def _problems(model: nn.Module, layers: Sequence[GraftLayer], names: Sequence[str]) -> Iterator[str]:
+    if model.training:
+        yield "adapter_names must be given in evaluation mode, got a model in training mode. Call model.eval()."
+    known = {name for layer in layers for name in layer.states}
+    if unknown := [name for name in names if name not in known]:
+        yield (
+            f"adapter_names must name loaded adapters or {BASE!r}, got {unknown}. "
+            f"Load them with load_adapter; loaded are {sorted(known)}."
+        )
+    if any(layer.merged for layer in layers):
+        yield "adapter_names must be given to an unmerged model, got merged adapters. Call unmerge_adapter()."
+    get_inputs = getattr(model, "get_input_embeddings", None)
+    entrance = get_inputs() if callable(get_inputs) else None
+    shared = [
+        layer.tensor_name(param)
+        for layer in layers
+        for param in layer.keys
+        if _is_shared(layer, entrance) and any(layer.has_entries(name, param) for name in names)
+    ]
+    if shared:
+        yield (
+            f"adapter_names must name adapters that patch modules run row by row, got patches of {shared}. "
+            "Run one adapter at a time with set_adapter, or leave these out with exclude_modules."
+        )
+
+
+def _is_shared(layer: GraftLayer, entrance: nn.Module | None) -> bool:
+    """Return whether the layer's parameters act on the batch as a whole, so that all rows share them."""
+    module = layer.get_base_layer()
+    if isinstance(module, nn.Embedding):  # of positions: their indices may be the same for all rows
+        return entrance is not None and entrance not in (layer, module)
+    return not layer.has_rows or isinstance(module, nn.MultiheadAttention)

@@ -1,4 +1,4 @@
-"""Patched layers under autograd: gradients at the candidates only, and no copy of a weight is made or kept."""
+"""Run patched layers under autograd, with gradients at the candidates only and without a copy of the weight."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ...peft_compat.torch_names import hooks_of, without_view_mark
 from ...peft_compat.transformers_names import is_experts
-from .in_place import patched_copy, written
+from .in_place import ResolvedTensor, patched_copy, written
 
 Kernel = Literal["gathered", "sampled", "dense"]
 
 # Their forward is one function of input, weight and bias, and returns no view of these.
-_SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SIMPLE = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Part(NamedTuple):
-    """A patch of one parameter under autograd: what is written, and where gradients are wanted.
+class SparseGrad(NamedTuple):
+    """A patch of one parameter under autograd: entries to write, and entries whose gradients are wanted.
 
     Attributes:
         indices: Flat indices whose gradients are wanted, int64 [n], increasing.
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the gradient costs per token, in any unit: only ratios matter."""
+    """Costs of the gradient per token, in any unit: only ratios matter."""
 
     dense: float  # per entry of the weight: a matrix product that computes all of them
     transposed: float  # per row and column: laying out what the product at single entries reads
@@ -90,7 +90,7 @@ def choose_kernel(candidates: int, shape: tuple[int, int], device: torch.device,
 
 @functools.cache
 def _can_sample() -> bool:
-    """Whether this build of torch has the sampled product on the CPU; also takes its warning about sparse tensors."""
+    """Return whether this build of torch has the sampled product on the CPU; silence its warning on sparse tensors."""
     pattern, one = (torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1)), torch.ones(1, 1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)
@@ -104,7 +104,7 @@ def _can_sample() -> bool:
 def product_at(
     left: torch.Tensor, right: torch.Tensor, indices: torch.Tensor, kernel: Kernel | None = None
 ) -> torch.Tensor:
-    """Entries of left^T @ right, summed over tokens in float32 or more precisely.
+    """Compute entries of left^T @ right, summed over tokens in float32 or more precisely.
 
     Args:
         left: Float [tokens, rows].
@@ -148,8 +148,8 @@ class _PatchedLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         transposed: bool,
-        part: Part,
-        bias_part: Part | None,
+        part: SparseGrad,
+        bias_part: SparseGrad | None,
         values: torch.Tensor,
         bias_values: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -159,7 +159,7 @@ class _PatchedLinear(torch.autograd.Function):
         ctx.save_for_backward(None if wanted is None else x, weight, part.at, part.put, wanted, bias_wanted)
         if bias is not None and bias_part is not None:
             bias = patched_copy(bias, bias_part.at, bias_part.put)
-        with written(weight, part.at, part.put) as patched:
+        with written(weight, ResolvedTensor(None, part.at, part.put)) as patched:
             if bias is None or not transposed:  # Conv1D has a bias
                 y = F.linear(x, patched, bias)
             else:
@@ -173,7 +173,7 @@ class _PatchedLinear(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * 8
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            with written(weight, at, put) as patched:
+            with written(weight, ResolvedTensor(None, at, put)) as patched:
                 patched = patched.to(grad.dtype)
                 grads[0] = grad @ (patched.t() if ctx.transposed else patched)
         if wanted is not None:
@@ -187,7 +187,7 @@ class _PatchedLinear(torch.autograd.Function):
 
 
 class _PatchedEmbedding(torch.autograd.Function):
-    """Rows of W with a patch on it; the gradient of W only where the patch is, by way of the rows looked up."""
+    """Rows of W with a patch on it; the gradient of W is computed only at the candidates, from the rows looked up."""
 
     @staticmethod
     def forward(
@@ -195,12 +195,12 @@ class _PatchedEmbedding(torch.autograd.Function):
         ids: torch.Tensor,
         weight: torch.Tensor,
         padding: int | None,
-        part: Part,
+        part: SparseGrad,
         values: torch.Tensor,
     ) -> torch.Tensor:
         ctx.padding, ctx.dtype = padding, values.dtype
         ctx.save_for_backward(ids, part.indices)
-        with written(weight, part.at, part.put) as patched:
+        with written(weight, ResolvedTensor(None, part.at, part.put)) as patched:
             return F.embedding(ids, patched)
 
     @staticmethod
@@ -220,18 +220,20 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 
 def is_simple(module: nn.Module) -> bool:
-    """Whether the module's output is computed anew from its parameters, and nobody else looks at these meanwhile."""
+    """Return whether the output is computed anew from the parameters, and nobody else looks at these meanwhile."""
     return _is_known(module) and not hooks_of(module)
 
 
 def _is_known(module: nn.Module) -> bool:
-    # Every model has a norm class of its own, and the experts of transformers have a mark.
-    like = type(module).__name__.endswith("RMSNorm") or is_experts(module)
-    return (type(module) in _SIMPLE or like) and "forward" not in vars(module)
+    # Each model of transformers has a norm class of its own, and their experts have a mark. A class from elsewhere that
+    # is only called so may keep its weight, or return a view of it.
+    kind = type(module)
+    norm = kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models.")
+    return (kind in _SIMPLE or norm or is_experts(module)) and "forward" not in vars(module)
 
 
 def _gathers(hook: Any) -> bool:
-    """Whether this is a hook of ZeRO-3, which gathers for the layer around the module as well."""
+    """Return whether this is a hook of ZeRO-3, which gathers for the layer around the module as well."""
     return getattr(hook, "__module__", "").startswith("deepspeed.")
 
 
@@ -256,10 +258,10 @@ def patched_run(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-def _run_linear(module: Any, x: torch.Tensor, weight: Part, bias: Part | None) -> torch.Tensor:
+def _run_linear(module: Any, x: torch.Tensor, weight: SparseGrad, bias: SparseGrad | None) -> torch.Tensor:
     values = weight.values, None if bias is None else bias.values
     return _PatchedLinear.apply(x, module.weight, module.bias, isinstance(module, Conv1D), weight, bias, *values)
 
 
-def _run_embedding(module: Any, ids: torch.Tensor, weight: Part, bias: None) -> torch.Tensor:
+def _run_embedding(module: Any, ids: torch.Tensor, weight: SparseGrad, bias: None) -> torch.Tensor:
     return _PatchedEmbedding.apply(ids, module.weight, module.padding_idx, weight, weight.values)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.donor import MAX_LISTED
-from ..selection.rules import SelectionError, top_k_mask
+from ..selection.topk import SelectionError, top_k_mask
 from .backends import collectives
 from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 

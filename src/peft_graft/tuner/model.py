@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints.pairing import Donor, DonorError
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
-from ..selection.rules import resolve_budget
+from ..selection.budget import resolve_budget
 from .apply.forward import calling
 from .apply.mixed import rows_of
 from .backends.offloaded import identity, own_names, require_memory

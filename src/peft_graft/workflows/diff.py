@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.block_reader import Pairs
+from ..checkpoints.block_reader import PairedReader
 from ..checkpoints.donor import FLOAT_DTYPES, MAX_LISTED
-from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
-from ..selection.rules import unit_of
-from ..selection.streaming import bits_differ
+from ..checkpoints.pairing import CheckpointDonor, DonorError, bits_differ, resolve_names
+from ..selection.budget import unit_of
 from .format import table
 
 
@@ -194,12 +193,14 @@ def compare(
             f"donor must have tensors in common with the base, got none in {theirs.name!r} and {ours.name!r}. "
             "Compare two checkpoints of one architecture."
         )
-    pairs = Pairs({name: [ours.extent(name)] for name in names}, {name: [theirs.extent(names[name])] for name in names})
+    pairs = PairedReader(
+        {name: [ours.extent(name)] for name in names}, {name: [theirs.extent(names[name])] for name in names}
+    )
     if on_start is not None:
-        pairs.progress = on_start(sum(pairs.nbytes))
+        pairs.on_read = on_start(sum(pairs.nbytes))
     found = {name: Closeness(name) for name in sorted(names, key=_natural)}
-    for where, measured in pairs.map(lambda piece: _measured(piece.base, piece.donor)):
-        found[where.name].add(measured)
+    for span, measured in pairs.map(lambda block: _measured(block.base, block.donor)):
+        found[span.name].add(measured)
     result.tensors = list(found.values())
     return result
 

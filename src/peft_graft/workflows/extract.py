@@ -18,13 +18,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
-from ..checkpoints.block_reader import MOST_WORKERS, Pairs, in_order, pool_of
-from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
+from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
+from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, ZerosDonor, nothing_to_graft, open_donor, resolve_names
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
+from ..selection.budget import Budget
 from ..selection.rules import SelectionError, get_rule
-from ..selection.streaming import Sieve, Taken
+from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
 
 _ADAPTER = "default"
@@ -103,43 +104,40 @@ def extract(
     open_donor(config.donor, config.donor_revision)  # whose errors call it the donor
     like = None if config.donor == ZerosDonor.name else read_config(config.donor, config.donor_revision)
     model = build_skeleton(base, base_revision, like)
-    ours = ModelView(base_files, model)
+    ours = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
     peft_model = _with_empty_adapter(model, config, base_revision)
     tuner: GraftModel = peft_model.base_model
     donor = tuner.open_donor(_ADAPTER)
-    theirs = donor if isinstance(donor, ModelView) else None
+    theirs = donor if isinstance(donor, RenamedCheckpoint) else None
     pairs = _pairs(tuner, ours, theirs)
     _fill_heads(tuner.model, ours, theirs)
-    sieve = Sieve(
+    selector = Selector(
         pairs,
         None if exact else get_rule(config.selection),
-        density=config.density,
-        num_params=config.num_params,
-        scope=config.scope,
-        granularity=config.granularity,
+        Budget(config.density, config.num_params, config.scope, config.granularity),
         seed=config.seed,
     )
     # The configuration last: until then, the old one refuses the new tensors.
     with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
         with tqdm(
-            total=sum(pairs.nbytes) * sieve.passes, unit="B", unit_scale=True, desc="reading", disable=not progress
+            total=sum(pairs.nbytes) * selector.passes, unit="B", unit_scale=True, desc="reading", disable=not progress
         ) as bar:
-            pairs.progress = bar.update
-            kept = _take(sieve, _Shelf(file))
-        if not (kept.entries if exact else sieve.differs):
-            raise nothing_to_graft(donor, sieve.total)
-        _complete(peft_model, kept, sieve.total, exact)
+            pairs.on_read = bar.update
+            kept = _take(selector, _Shelf(file))
+        if not (kept.entries if exact else selector.differs):
+            raise nothing_to_graft(donor, selector.eligible)
+        _complete(peft_model, kept, selector.eligible, exact)
         peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     donor_nbytes = pairs.nbytes[1]
     if exact and theirs is not None and nbytes >= donor_nbytes:
         warnings.warn(
             f"patch should be smaller than the donor, got {nbytes:,} bytes, where the donor has {donor_nbytes:,} "
-            f"({kept.entries:,} of {sieve.total:,} entries differ). Keep the donor itself, or give a density.",
+            f"({kept.entries:,} of {selector.eligible:,} entries differ). Keep the donor itself, or give a density.",
             stacklevel=2,
         )
-    return Extraction(target, kept.entries, sieve.total, nbytes, donor_nbytes)
+    return Extraction(target, kept.entries, selector.eligible, nbytes, donor_nbytes)
 
 
 def task_of(model: nn.Module) -> str | None:
@@ -160,7 +158,7 @@ def _checked(config: GraftConfig, exact: bool) -> GraftConfig:
                 f"exact must come without a budget and with alpha 1, got density={config.density!r}, "
                 f"num_params={config.num_params!r} and alpha={config.alpha!r}. It takes every entry that differs."
             )
-    elif get_rule(config.selection).needs != "weights" or config.alpha == "auto":
+    elif get_rule(config.selection).kind != "data_free" or config.alpha == "auto":
         raise SelectionError(
             f"selection must need no data here, got {config.selection!r} with alpha={config.alpha!r}. Use 'magnitude' "
             "and a number, or load the base and call peft_graft.initialize_graft(model, dataloader)."
@@ -175,7 +173,7 @@ def _with_empty_adapter(model: nn.Module, config: GraftConfig, revision: str | N
     return get_peft_model(model, config, revision=revision)
 
 
-def _pairs(tuner: GraftModel, ours: ModelView, theirs: ModelView | None) -> Pairs:
+def _pairs(tuner: GraftModel, ours: RenamedCheckpoint, theirs: RenamedCheckpoint | None) -> PairedReader:
     """What is targeted, as it stands in the files."""
     targets = tuner.targets(_ADAPTER)
     extents = []
@@ -184,10 +182,10 @@ def _pairs(tuner: GraftModel, ours: ModelView, theirs: ModelView | None) -> Pair
             names = tuner.donor_names(_ADAPTER, view)
             extents.append({name: view.extents(names[name]) for name in targets})
     dtypes = {name: layer.base_parameter(param).dtype for name, (layer, param) in targets.items()}
-    return Pairs(extents[0], extents[1] if theirs is not None else None, dtypes)
+    return PairedReader(extents[0], extents[1] if theirs is not None else None, dtypes)
 
 
-def _fill_heads(model: nn.Module, ours: ModelView, theirs: ModelView | None) -> None:
+def _fill_heads(model: nn.Module, ours: RenamedCheckpoint, theirs: RenamedCheckpoint | None) -> None:
     """Give the modules to save the donor's values, or the base's where the donor lacks them."""
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or _ADAPTER not in module.modules_to_save:
@@ -241,25 +239,25 @@ class _Kept:
     entries: int
 
 
-def _take(sieve: Sieve, shelf: _Shelf) -> _Kept:
+def _take(selector: Selector, shelf: _Shelf) -> _Kept:
     packed: dict[str, _Place] = {}
     base: dict[str, _Place] = {}
     entries = 0
-    workers = min(torch.get_num_threads(), MOST_WORKERS)
-    with pool_of(workers) as pool:
-        for taken, coded in in_order(pool, _coded, sieve.taken(), 2 * workers, _entries, _ROOM):
+    workers = min(torch.get_num_threads(), MAX_WORKERS)
+    with worker_pool(workers) as pool:
+        for selected, coded in map_in_order(pool, _coded, selector.entries(), 2 * workers, _entries, _ROOM):
             packed |= {key: shelf.put(tensor) for key, tensor in coded.items()}
-            base[taken.name] = shelf.put(taken.base)
-            entries += taken.indices.numel()
+            base[selected.name] = shelf.put(selected.base)
+            entries += selected.indices.numel()
     return _Kept(shelf.get_all(packed), shelf.get_all(base), entries)
 
 
-def _entries(taken: Taken) -> int:
-    return taken.indices.numel()
+def _entries(selected: Selected) -> int:
+    return selected.indices.numel()
 
 
-def _coded(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:
-    return taken, Patch({taken.name: TensorPatch(taken.indices, taken.donor)}).to_tensors()
+def _coded(selected: Selected) -> tuple[Selected, dict[str, torch.Tensor]]:
+    return selected, Patch({selected.name: TensorPatch(selected.indices, selected.donor)}).to_tensors()
 
 
 def _complete(peft_model: PeftModel, kept: _Kept, eligible: int, exact: bool) -> None:

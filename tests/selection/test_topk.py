@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_graft.selection.topk import SelectionError, TopK, find_threshold, top_k_mask
+from peft_graft.selection.topk import Counts, SelectionError, TopK, find_threshold, top_k_mask
 
 # Few different scores, so that there are ties everywhere.
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, math.inf]), min_size=1, max_size=30)
@@ -89,10 +90,10 @@ def test_the_threshold_of_two_passes_is_the_kth_highest(tensors: list[list[float
     k = data.draw(st.integers(1, len(everything)))
     passes = 0
 
-    def run() -> list[torch.Tensor]:
+    def run(count: Callable[[torch.Tensor], Counts]) -> list[Counts]:
         nonlocal passes
         passes += 1
-        return [torch.tensor(scores) for scores in tensors]
+        return [count(torch.tensor(scores)) for scores in tensors]
 
     threshold, ties = find_threshold(run, k)
     assert passes == 2
@@ -103,6 +104,6 @@ def test_the_threshold_of_two_passes_is_the_kth_highest(tensors: list[list[float
 def test_the_threshold_tells_neighbours_apart() -> None:
     lower, upper = torch.tensor(1.0), torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     scores = torch.stack([lower] * 5 + [upper] * 5)
-    assert find_threshold(lambda: [scores], 5) == (float(upper), 5)
-    assert find_threshold(lambda: [scores], 7) == (float(lower), 2)
-    assert find_threshold(lambda: [-scores], 7) == (-float(upper), 2)
+    assert find_threshold(lambda count: [count(scores)], 5) == (float(upper), 5)
+    assert find_threshold(lambda count: [count(scores)], 7) == (float(lower), 2)
+    assert find_threshold(lambda count: [count(-scores)], 7) == (-float(upper), 2)

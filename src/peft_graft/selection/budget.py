@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from .topk import SelectionError, refuse_nan
+from .topk import SelectionError
 
 SCOPES = ("global", "tensor")
 GRANULARITIES = ("entry", "tensor", "layer")
@@ -134,19 +132,12 @@ class Units:
         self._sums: dict[str, float] = {}
         self._members: dict[str, dict[str, int]] = {}
 
-    def add(self, name: str, scores: torch.Tensor) -> None:
-        """Take in the scores of a tensor, or of a block of it.
-
-        Raises:
-            SelectionError: A score is NaN.
-        """
-        if not scores.numel():
-            return
-        refuse_nan(name, scores)
+    def add(self, name: str, sum_of_scores: float, count: int) -> None:
+        """Take in the scores of a tensor, or of a block of it, by their sum and their number, >= 1."""
         unit = unit_of(name, self.granularity)
-        self._sums[unit] = self._sums.get(unit, 0.0) + float(scores.double().sum())
+        self._sums[unit] = self._sums.get(unit, 0.0) + sum_of_scores
         members = self._members.setdefault(unit, {})
-        members[name] = members.get(name, 0) + scores.numel()
+        members[name] = members.get(name, 0) + count
 
     def select(self, budget: int) -> dict[str, int]:
         """Select units by falling mean score, each as long as it still fits in the budget.

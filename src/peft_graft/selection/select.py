@@ -13,7 +13,7 @@ import torch
 from ..checkpoints.pairing import Block, Span, bits_differ
 from .budget import Budget, Units
 from .rules import Evidence, Rule, magnitude, tensor_generator
-from .topk import SelectionError, TopK, find_threshold, gather, refuse_nan, true_indices
+from .topk import Counts, SelectionError, TopK, find_threshold, gather, refuse_nan, true_indices
 
 # Of files, up to this many entries are selected in one pass, of which twice as many may be held: then the process takes
 # 1.8 GB.
@@ -206,15 +206,11 @@ class Selector:
             best.clear()
 
     def _by_threshold(self, names: list[str], count: int, carry: _Carry) -> Iterator[tuple[str, _Columns]]:
-        def scores_without_nan(block: Block) -> torch.Tensor:
-            scores = self._scores(block)
-            refuse_nan(block.name, scores)
-            return scores
+        def count_all(histogram: Callable[[torch.Tensor], Counts]) -> Iterator[Counts]:
+            found = self._source.map(lambda block: histogram(self._scores_without_nan(block)), names, self._workers)
+            return (counts for _, counts in found)
 
-        def one_pass() -> Iterator[torch.Tensor]:
-            return (scores for _, scores in self._source.map(scores_without_nan, names, self._workers))
-
-        threshold, ties = find_threshold(one_pass, count)
+        threshold, ties = find_threshold(count_all, count)
 
         def above(block: Block) -> torch.Tensor:
             nonlocal ties
@@ -230,8 +226,12 @@ class Selector:
 
     def _whole_units(self) -> dict[str, int]:
         units = Units(self._budget.granularity)
-        for span, scores in self._source.map(self._scores, workers=self._workers):
-            units.add(span.name, scores)
+
+        def sum_of(block: Block) -> float:
+            return float(self._scores_without_nan(block).double().sum())
+
+        for span, sum_of_scores in self._source.map(sum_of, workers=self._workers):
+            units.add(span.name, sum_of_scores, span.size)
         return units.select(sum(count for _, count in self._pools()))
 
     def _where(
@@ -275,6 +275,11 @@ class Selector:
             )
         return scores.detach().float()
 
+    def _scores_without_nan(self, block: Block) -> torch.Tensor:
+        scores = self._scores(block)
+        refuse_nan(block.name, scores)
+        return scores
+
     def _near(self, block: Block, threshold: float) -> torch.Tensor | None:
         """Return where |delta|, rounded to the files' 16 bits, reaches the threshold rounded alike; None if unknown.
 
@@ -296,9 +301,8 @@ class Selector:
         return bits_differ(block.base.cpu(), block.donor)
 
     def _all(self, block: Block) -> torch.Tensor:
-        scores = self._scores(block)
-        refuse_nan(block.name, scores)
-        return torch.ones_like(scores, dtype=torch.bool)
+        self._scores_without_nan(block)
+        return _every_entry(block)
 
 
 def _every_entry(block: Block) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,15 +42,17 @@ def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+    if scores.is_cpu and scores.dtype in (torch.float32, torch.float64):
+        plain = scores.detach().numpy()
         position = scores.numel() - k  # numpy selects ten times faster than torch sorts
-        threshold = float(np.partition(scores.detach().numpy(), position)[position])
+        threshold = np.partition(plain, position)[position]
+        mask = torch.from_numpy(plain >= threshold)
     else:
-        threshold = float(torch.topk(scores, k, sorted=False).values.min())
-    mask = scores >= threshold
-    surplus = int(mask.count_nonzero()) - k
+        threshold = torch.topk(scores, k, sorted=False).values.min()
+        mask = scores >= threshold
+    surplus = len(true_indices(mask)) - k
     if surplus:
-        ties = (scores == threshold).nonzero().flatten()
+        ties = true_indices(scores == float(threshold))
         mask[ties[-surplus:]] = False
     return mask
 
@@ -125,7 +128,7 @@ class TopK:
                 raise SelectionError(f"names must be added in increasing order, got {name!r} after {self.names[-1]!r}.")
             self.names.append(name)
             self._starts.append(self._seen)
-        self._append(scores, index + self._seen, *carried)
+        self._append(scores, torch.from_numpy(index.numpy() + self._seen), *carried)
         self._seen += count
         if self._held >= 2 * self.k:
             self._shrink()
@@ -141,16 +144,16 @@ class TopK:
             dtype = torch.promote_types(old.dtype, new.dtype)
             if end > old.numel() or dtype != old.dtype:
                 self._columns[number] = torch.empty(max(end, min(2 * self._held, 3 * self.k)), dtype=dtype)
-                self._columns[number][: self._held] = old[: self._held]
-            self._columns[number][self._held : end] = new
+                _as_numpy(self._columns[number])[: self._held] = _as_numpy(old[: self._held].to(dtype))
+            _as_numpy(self._columns[number])[self._held : end] = _as_numpy(new.to(dtype))
         self._held = end
 
     def _shrink(self) -> None:
         if self._held <= self.k:
             return
-        best = true_indices(top_k_mask(self._columns[0][: self._held], self.k))
-        for column in self._columns:
-            column[: self.k] = column[: self._held][best]
+        best = true_indices(top_k_mask(self._columns[0][: self._held], self.k)).numpy()
+        for column in map(_as_numpy, self._columns):
+            column[: self.k] = column[best]
         self._held = self.k
         self._threshold = float(self._columns[0][: self.k].min())
 
@@ -194,16 +197,30 @@ def _above(scores: torch.Tensor, threshold: float) -> torch.Tensor:
     return true_indices(scores > threshold)
 
 
+def _as_numpy(column: torch.Tensor) -> np.ndarray[Any, Any]:
+    """View a column as integers of its width, for numpy to copy.
+
+    It does so on one core. torch would wake up all cores, which the threads that read and score are busy on.
+    """
+    return column.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[column.itemsize]).numpy()
+
+
 def _is_plain(scores: torch.Tensor) -> bool:
     return scores.is_cpu and scores.dtype == torch.float32
 
 
-def find_threshold(passes: Callable[[], Iterable[torch.Tensor]], k: int) -> tuple[float, int]:
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def find_threshold(
+    count_all: Callable[[Callable[[torch.Tensor], Counts]], Iterable[Counts]], k: int
+) -> tuple[float, int]:
     """Find the k-th highest of more scores than memory holds, in two passes over them.
 
     Args:
-        passes: Starts a pass: float32 scores in blocks of any shape, without NaN; the same every time.
-        k: Which one, in [1, number of scores].
+        count_all: Starts a pass: calls the function that it is given on all scores, in blocks of any shape, in threads
+            if it likes, and yields the results. The scores are float32, without NaN, and the same in both passes.
+        k: Rank of the score to find, in [1, number of scores].
 
     Returns:
         The k-th highest score, and how many of those that equal it are among the k highest.
@@ -211,11 +228,8 @@ def find_threshold(passes: Callable[[], Iterable[torch.Tensor]], k: int) -> tupl
     above, leading = 0, None
     for shift in (16, 0):
         counts = np.zeros(1 << 16, np.int64)
-        for scores in passes():
-            keys = _ordered(scores)
-            if leading is not None:
-                keys = keys[keys >> 16 == leading]
-            counts += np.bincount(keys >> shift & 0xFFFF, minlength=counts.size)
+        for found in count_all(partial(_histogram, shift=shift, leading=leading)):
+            counts += found
         downward = counts[::-1].cumsum()
         step = int(np.searchsorted(downward, k - above))
         above += int(downward[step] - counts[::-1][step])
@@ -226,7 +240,15 @@ def find_threshold(passes: Callable[[], Iterable[torch.Tensor]], k: int) -> tupl
     return float(value.view(np.float32)), k - above
 
 
+def _histogram(scores: torch.Tensor, shift: int, leading: int | None) -> Counts:
+    """Count 16 bits of the scores' keys, from bit `shift` on; only of keys that begin with `leading`, if given."""
+    keys = _ordered(scores)
+    if leading is not None:
+        keys = keys[keys >> 16 == leading]
+    return np.bincount(keys >> shift & 0xFFFF, minlength=1 << 16)
+
+
 def _ordered(scores: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Return integers in the order of the scores; -0 counts as 0."""
-    bits = (scores.flatten() + 0.0).cpu().numpy().view(np.uint32)
+    bits = (scores.flatten().cpu() + 0.0).numpy().view(np.uint32)
     return np.where(bits >> 31, ~bits, bits ^ np.uint32(1 << 31))

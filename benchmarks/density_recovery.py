@@ -141,11 +141,11 @@ class Bench:
             rows = self.train.select(range(self.args.sigmoid_rows))
             passes = batches(rows, self.tokenizer, 32)
             initialize_graft(model, passes, calibration=self.held_out, steps=self.args.sigmoid_steps, progress=False)
-        elif get_rule(rule).needs != "weights":
+        elif get_rule(rule).kind == "scored":
             if self.measured is None:  # the scores do not depend on the density
                 rows = batches(self.train.select(range(self.args.score_rows)), self.tokenizer, 32)
                 tuner = model.base_model
-                self.measured = measure(model, tuner, "default", get_rule(rule).needs, rows, progress=False)
+                self.measured = measure(model, tuner, "default", get_rule(rule).evidence, rows, progress=False)
                 self.score_seconds = time.perf_counter() - started
             else:
                 started -= self.score_seconds

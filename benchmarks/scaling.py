@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import timing
 from peft_graft import GraftConfig
-from peft_graft.selection.streaming import HELD_AT_ONCE
+from peft_graft.selection.select import HELD_AT_ONCE
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = {768: 2048, 2048: 5632, 4096: 11008}  # hidden size -> inner size; heads of 128 entries

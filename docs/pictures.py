@@ -25,7 +25,8 @@ from peft_graft.analysis.plots import COLORS, MARKERS, skill_map
 from peft_graft.checkpoints.donor import CheckpointDonor
 from peft_graft.patch.arithmetic import grafted_values
 from peft_graft.patch.patch import TensorPatch
-from peft_graft.selection.rules import Evidence, get_rule, select
+from peft_graft.selection.rules import Evidence, get_rule
+from peft_graft.selection.topk import top_k_mask
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -48,7 +49,7 @@ def equation() -> Figure:
     delta = torch.randn(6, 6, generator=generator) * torch.where(far, 1.8, 0.25)
     donor, alpha = base + delta, 1.5
     scores = get_rule("magnitude").score(Evidence("weight", base, delta))
-    chosen = select([("weight", scores)], {"weight": scores.numel()}, num_params=5)["weight"]
+    chosen = top_k_mask(scores.flatten(), 5).nonzero().flatten()
     patch = TensorPatch(chosen, donor.flatten()[chosen])
     mask = torch.zeros(36).index_fill(0, chosen, 1.0).view(6, 6)
     graft = base.flatten().index_put((chosen,), grafted_values(base.flatten()[chosen], patch.values, alpha)).view(6, 6)

@@ -81,7 +81,7 @@ class GraftArguments:
         default="learned",
         metadata={
             "choices": list(RULES),
-            "help": "Rule that chooses the entries. " + "; ".join(f"{r.name}: {r.summary}" for r in RULES.values()),
+            "help": "Rule that chooses the entries. " + "; ".join(f"{r.name}: {r.help}" for r in RULES.values()),
         },
     )
     alpha: str = field(default="auto", metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})

@@ -6,7 +6,8 @@ from .peft_compat import register as register  # first, because it names everyth
 from .checkpoints.pairing import DonorError
 from .patch.combinations import register_combination
 from .patch.patch import Patch, PatchError
-from .selection.rules import RULES, SelectionError
+from .selection.rules import RULES, register_rule
+from .selection.topk import SelectionError
 from .training.initialize import AlphaCallback, fit_alpha, initialize_graft
 from .tuner import GraftConfig, GraftModel
 from .workflows.diff import diff
@@ -34,5 +35,6 @@ __all__ = [
     "inspect",
     "push",
     "register_combination",
+    "register_rule",
     "stitch",
 ]

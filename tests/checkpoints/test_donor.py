@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,20 +183,34 @@ class TestHubCache:
 
         write_shards(snapshot)
         asked = []
-        fetch = donor_module.hf_hub_download
+        fetch = donor_module.snapshot_download
 
-        def spy(repo: str, name: str, revision: str | None) -> str:
-            asked.append((name, revision))
-            return fetch(repo, name, revision=revision)
+        def spy(repo: str, revision: str, allow_patterns: list[str]) -> str:
+            asked.append((revision, allow_patterns))
+            return fetch(repo, revision=revision, allow_patterns=allow_patterns)
 
-        monkeypatch.setattr(donor_module, "hf_hub_download", spy)
+        monkeypatch.setattr(donor_module, "snapshot_download", spy)
         CheckpointDonor("org/donor", revision="main")
-        assert [revision for name, revision in asked if name.startswith("model-0")] == [self.COMMIT] * 2
+        shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        assert asked == [(self.COMMIT, shards)]  # those that the index names, and nothing else
+
+    def test_shard_names_are_no_patterns(self, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_shards(snapshot)
+        index = snapshot / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("model-00002-of-00002", "*"))
+        asked = []
+        monkeypatch.setattr(
+            "peft_graft.checkpoints.donor.snapshot_download",
+            lambda repo, revision, allow_patterns: asked.extend(allow_patterns) or str(snapshot),
+        )
+        with pytest.raises(DonorError, match=r"no '\*\.safetensors'"):
+            CheckpointDonor("org/donor")
+        assert not any(fnmatch("another.safetensors", pattern) for pattern in asked)
 
     def test_shard_not_cached(self, snapshot: Path) -> None:
         write_shards(snapshot)
         (snapshot / "model-00001-of-00002.safetensors").unlink()
-        with pytest.raises(DonorError, match="org/donor"):
+        with pytest.raises(DonorError, match=r"no 'model-00001-of-00002\.safetensors' in 'org/donor'"):
             CheckpointDonor("org/donor")
 
     def test_not_cached(self, snapshot: Path) -> None:

@@ -23,7 +23,7 @@ from grafts import MLP, graft, same_bits
 from models import perturbed
 from peft_graft import DonorError
 from peft_graft.checkpoints.donor import CheckpointDonor
-from peft_graft.checkpoints.name_mapping import ModelView, build_skeleton, model_class, read_config
+from peft_graft.checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, model_class, read_config
 
 FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
 
@@ -44,7 +44,7 @@ def test_a_skeleton_is_the_model_without_its_values(family: str, tmp_path: Path)
 def test_a_view_holds_what_the_model_holds(family: str, tmp_path: Path) -> None:
     model: PreTrainedModel = getattr(models, family)()
     model.save_pretrained(tmp_path)
-    view = ModelView(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
+    view = RenamedCheckpoint(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
     for name, parameter in model.named_parameters():
         assert view.shape(name) == tuple(parameter.shape)
         assert same_bits(view.get(name), parameter.detach())
@@ -53,7 +53,7 @@ def test_a_view_holds_what_the_model_holds(family: str, tmp_path: Path) -> None:
 
 def test_experts_stored_one_by_one_are_one_tensor(tmp_path: Path) -> None:
     models.tiny_mixtral().save_pretrained(tmp_path)
-    view = ModelView(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
+    view = RenamedCheckpoint(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
     root = "model.layers.1.block_sparse_moe.experts"
     assert view.stored_names("model.layers.1.mlp.experts.gate_up_proj") == [
         f"{root}.{expert}.{part}.weight" for expert in range(4) for part in ("w1", "w3")
@@ -71,7 +71,7 @@ def test_names_of_other_saves_are_found(rename: Callable[[str], str], tmp_path: 
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     save_file({rename(key): tensor for key, tensor in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    view = ModelView(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
+    view = RenamedCheckpoint(CheckpointDonor(tmp_path), build_skeleton(tmp_path))
     assert all(same_bits(view.get(name), parameter.detach()) for name, parameter in model.named_parameters())
 
 
@@ -79,7 +79,7 @@ def test_a_view_through_a_graft_is_the_same(tmp_path: Path) -> None:
     model = models.tiny_mixtral()
     model.save_pretrained(tmp_path)
     grafted = graft(model, perturbed(model), density=0.1, modules_to_save=["lm_head"])
-    plain, through = (ModelView(CheckpointDonor(tmp_path), m) for m in (model, grafted.base_model.model))
+    plain, through = (RenamedCheckpoint(CheckpointDonor(tmp_path), m) for m in (model, grafted.base_model.model))
     assert plain.names() == through.names()
     assert all(same_bits(plain.get(name), through.get(name)) for name in plain.names())
 
@@ -87,7 +87,7 @@ def test_a_view_through_a_graft_is_the_same(tmp_path: Path) -> None:
 def test_a_model_of_no_library_keeps_its_names(tmp_path: Path) -> None:
     model = MLP()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    assert ModelView(CheckpointDonor(tmp_path), model).names() == sorted(model.state_dict())
+    assert RenamedCheckpoint(CheckpointDonor(tmp_path), model).names() == sorted(model.state_dict())
 
 
 @pytest.mark.skipif(
@@ -97,7 +97,7 @@ def test_forms_that_are_split_while_loading_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
     model = Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True))
     model.save_pretrained(tmp_path)  # gate_proj and up_proj in one tensor
-    view = ModelView(CheckpointDonor(tmp_path), model)
+    view = RenamedCheckpoint(CheckpointDonor(tmp_path), model)
     with pytest.raises(DonorError, match=r"got 'encoder\.layer\.0\.mlp\.gate_proj\.bias'.*\(Chunk; 2 such tensors"):
         view.require_plain(sorted(model.state_dict()))
     view.require_plain(["layernorm.weight"])

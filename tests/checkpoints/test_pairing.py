@@ -211,7 +211,7 @@ class TestStream:
             list(stream({"x": odd}, Recorder({"x": even})))
 
     def test_progress(self, capsys: pytest.CaptureFixture[str]) -> None:
-        list(stream(self.BASE, Recorder(TENSORS), progress=True))
+        list(stream(self.BASE, Recorder(TENSORS), show_progress_bar=True))
         assert "reading recorder" in capsys.readouterr().err
         list(stream(self.BASE, Recorder(TENSORS)))
         assert capsys.readouterr().err == ""

@@ -1,57 +1,26 @@
-"""Rules, scored by hand; and one exact top-k over all tensors, against a dense sort of everything."""
+"""Rules, scored by hand; the table of rules, and rules of one's own."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from peft import PeftModel
 
-from peft_graft.selection.rules import (
-    RULES,
-    Evidence,
-    SelectionError,
-    TopK,
-    get_rule,
-    resolve_budget,
-    select,
-    top_k_mask,
-    unit_of,
-)
+from grafts import graft, held
+from models import perturbed, tiny_bert
+from peft_graft import GraftConfig, SelectionError, initialize_graft
+from peft_graft.selection.rules import RULES, Evidence, get_rule, register_rule, tensor_generator
+from peft_graft.workflows.extract import extract
 
 DELTA = torch.tensor([[2.0, -3.0], [0.0, 1.0]])
-# Few distinct values, so that ties are everywhere.
-SCORES = st.lists(st.integers(-2, 2).map(float), min_size=0, max_size=12)
-MODELS = st.lists(SCORES, min_size=1, max_size=5).filter(lambda tensors: sum(map(len, tensors)) > 0)
 
 
 def evidence(**changes: object) -> Evidence:
     return Evidence(**{"name": "a.weight", "base": torch.zeros(2, 2), "delta": DELTA, **changes})
-
-
-def named(tensors: list[list[float]]) -> list[tuple[str, torch.Tensor]]:
-    return [(f"t{i}", torch.tensor(values)) for i, values in enumerate(tensors)]
-
-
-def sizes_of(scored: list[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    return {name: scores.numel() for name, scores in scored}
-
-
-def dense_top_k(scored: list[tuple[str, torch.Tensor]], k: int) -> dict[str, list[int]]:
-    """The k best of everything, sorted by falling score, then name, then flat index."""
-    entries = [(-float(s), name, i) for name, scores in scored for i, s in enumerate(scores.flatten())]
-    found: dict[str, list[int]] = {}
-    for _, name, i in sorted(entries)[:k]:
-        found.setdefault(name, []).append(i)
-    return {name: sorted(found[name]) for name in sorted(found)}
-
-
-def as_lists(chosen: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    return {name: index.tolist() for name, index in chosen.items()}
-
-
-# Rules
 
 
 def test_magnitude_is_the_absolute_delta() -> None:
@@ -91,12 +60,12 @@ def test_random_takes_any_seed_and_is_uniform(seed: int) -> None:
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_a_rule_is_known_by_its_name_and_scores_the_whole_tensor(name: str) -> None:
     rule = get_rule(name)
-    assert rule.name == name and rule.summary
+    assert rule.name == name and rule.help
     scores = rule.score(evidence(measured=torch.ones(2, 2)))
     assert scores.shape == DELTA.shape and scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", sorted(n for n, rule in RULES.items() if rule.needs not in ("weights", "training")))
+@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if rule.kind == "scored"))
 def test_a_data_driven_rule_asks_for_data(name: str) -> None:
     with pytest.raises(SelectionError, match=r"got None for 'a.weight'. Call peft_graft.initialize_graft"):
         RULES[name].score(evidence())
@@ -107,166 +76,129 @@ def test_an_unknown_rule_is_refused_with_the_table() -> None:
         get_rule("best")
 
 
-# Budgets
-
-
-@given(total=st.integers(1, 10**9), density=st.floats(1e-12, 1))
-def test_a_density_is_rounded_to_the_nearest_count(total: int, density: float) -> None:
-    if round(density * total):
-        assert resolve_budget(total, density, None) == round(density * total)
-    else:
-        with pytest.raises(SelectionError, match="density must give at least one entry"):
-            resolve_budget(total, density, None)
-
-
-@pytest.mark.parametrize(("total", "density"), [(7, 0.01), (1_000_003, 1e-7), (3, 0.1)])
-def test_the_error_for_a_density_too_low_names_one_that_works(total: int, density: float) -> None:
-    with pytest.raises(SelectionError, match=f"got {density} of {total} eligible entries") as error:
-        resolve_budget(total, density, None)
-    suggested = float(str(error.value).partition("Raise it to ")[2].partition(" ")[0])
-    assert resolve_budget(total, suggested, None) == 1
-
-
-@pytest.mark.parametrize("num_params", [1, 10])
-def test_a_count_is_taken_as_it_is(num_params: int) -> None:
-    assert resolve_budget(10, None, num_params) == num_params
-
-
-@pytest.mark.parametrize("num_params", [0, -1, 11, 2.0, True])
-def test_an_impossible_count_is_refused(num_params: object) -> None:
-    with pytest.raises(SelectionError, match=r"num_params must be an integer in \[1, 10\]"):
-        resolve_budget(10, None, num_params)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan"), True, "0.1"])
-def test_an_impossible_density_is_refused(density: object) -> None:
-    with pytest.raises(SelectionError, match=r"density must be in \(0, 1\]"):
-        resolve_budget(10, density, None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("density", "num_params"), [(None, None), (0.1, 1)])
-def test_exactly_one_of_density_and_count_is_given(density: float | None, num_params: int | None) -> None:
-    with pytest.raises(SelectionError, match="exactly one of density and num_params must be given"):
-        resolve_budget(10, density, num_params)
-
-
-# Masks
-
-
-@given(scores=SCORES, k=st.integers(0, 15))
-def test_top_k_marks_exactly_k_and_gives_ties_to_the_lower_index(scores: list[float], k: int) -> None:
-    mask = top_k_mask(torch.tensor(scores), k)
-    assert mask.nonzero().flatten().tolist() == dense_top_k([("a", torch.tensor(scores))], k).get("a", [])
-
-
-@settings(max_examples=300)
-@given(tensors=MODELS, data=st.data())
-def test_the_top_k_of_a_stream_is_that_of_a_dense_sort(tensors: list[list[float]], data: st.DataObject) -> None:
-    scored = named(tensors)
-    total = sum(sizes_of(scored).values())
-    k = data.draw(st.integers(1, total))
-    assert as_lists(select(scored, sizes_of(scored), num_params=k)) == dense_top_k(scored, k)
-
-
-def test_the_stream_holds_no_more_than_a_few_times_k() -> None:
-    best = TopK(100)
-    generator = torch.Generator().manual_seed(0)
-    for i in range(50):
-        best.add(f"t{i:02}", torch.rand(1_000, generator=generator))
-        assert max(column.numel() for column in best._columns) <= 300
-
-
-def test_infinite_scores_are_ordinary_ones() -> None:
-    scored = named([[float("-inf"), 0.0], [float("inf"), float("-inf")]])
-    assert as_lists(select(scored, sizes_of(scored), num_params=3)) == {"t0": [0, 1], "t1": [0]}
-
-
-@given(tensors=MODELS, density=st.floats(0.01, 1))
-def test_scope_tensor_takes_the_same_density_in_each(tensors: list[list[float]], density: float) -> None:
-    scored = named(tensors)
-    wanted = {name: round(density * len(scores)) for name, scores in scored}
-    if not any(wanted.values()):
-        with pytest.raises(SelectionError, match="density must give at least one entry"):
-            select(scored, sizes_of(scored), density=density, scope="tensor")
-        return
-    chosen = select(scored, sizes_of(scored), density=density, scope="tensor")
-    assert as_lists(chosen) == {
-        name: dense_top_k([(name, scores)], wanted[name])[name] for name, scores in scored if wanted[name]
+def test_rules_say_their_kind() -> None:
+    assert {name: (rule.kind, rule.needs_data, rule.trains_mask) for name, rule in RULES.items()} == {
+        "random": ("data_free", False, False),
+        "magnitude": ("data_free", False, False),
+        "taylor": ("scored", True, False),
+        "path_taylor": ("scored", True, False),
+        "fisher": ("scored", True, False),
+        "wanda": ("scored", True, False),
+        "learned": ("trained", False, True),
+        "sigmoid": ("procedure", True, True),
     }
 
 
-@pytest.mark.parametrize("options", [{"num_params": 2}, {"density": 0.5, "granularity": "layer"}])
-def test_scope_tensor_needs_a_density_of_entries(options: dict[str, object]) -> None:
-    with pytest.raises(SelectionError, match="scope='tensor' must come with density and granularity='entry'"):
-        select(named([[1.0, 2.0]]), {"t0": 2}, scope="tensor", **options)
+# Rules of one's own
 
 
-def test_a_density_that_is_enough_in_total_but_in_no_tensor_is_refused() -> None:
-    scored = named([[1.0] * 3, [2.0] * 3])
-    with pytest.raises(SelectionError, match="at least one entry in some tensor, got 0.1. Raise it or use scope"):
-        select(scored, sizes_of(scored), density=0.1, scope="tensor")
-    assert as_lists(select(scored, sizes_of(scored), density=0.1)) == {"t1": [0]}
+def relative(evidence: Evidence) -> torch.Tensor:
+    return evidence.delta.abs() / (evidence.base.float().abs() + 1e-3)
 
 
-def test_a_nan_score_is_refused_by_name() -> None:
-    scored = named([[1.0], [float("nan"), 1.0]])
-    for granularity in ("entry", "tensor"):
-        with pytest.raises(SelectionError, match="scores must not be NaN, got NaN in 't1'"):
-            select(scored, sizes_of(scored), num_params=2, granularity=granularity)
+@pytest.fixture
+def own() -> Any:
+    """Take the rules away again that a test registers."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
 
 
-def test_names_must_come_in_order() -> None:
-    with pytest.raises(SelectionError, match="increasing order, got 'a' after 'b'"):
-        select([("b", torch.ones(1)), ("a", torch.ones(1))], {"a": 1, "b": 1}, num_params=1)
+@pytest.mark.usefixtures("own")
+def test_a_rule_of_ones_own_selects_in_memory_and_from_files(tmp_path: Path) -> None:
+    assert register_rule("relative", relative, help="|delta| / |base|") is relative
+    base = tiny_bert()
+    donor = perturbed(base)
+    base.save_pretrained(tmp_path / "base")
+    donor.save_pretrained(tmp_path / "donor")
+    options = {"density": 0.05, "selection": "relative", "task_type": "SEQ_CLS"}
+    model = graft(base, donor, **options)
+    ours, theirs = dict(base.named_parameters()), dict(donor.named_parameters())
+    chosen = held(model)
+    scores = {name: relative(Evidence(name, ours[name], theirs[name] - ours[name])).flatten() for name in ours}
+    kept = torch.cat([scores[name][sorted(index)] for name, index in chosen.items()])
+    dropped = torch.cat(
+        [scores[name][[i for i in range(scores[name].numel()) if i not in index]] for name, index in chosen.items()]
+    )
+    assert kept.min() >= dropped.max()
+    assert chosen != held(graft(tiny_bert(), donor, **options | {"selection": "magnitude"}))
+    extract(tmp_path / "base", GraftConfig(donor=str(tmp_path / "donor"), **options), tmp_path / "skill")
+    del RULES["relative"]  # who loads the adapter needs no rule
+    assert held(PeftModel.from_pretrained(tiny_bert(), tmp_path / "skill")) == chosen
 
 
-# Units
+@pytest.mark.usefixtures("own")
+def test_a_rule_of_ones_own_may_be_scored_on_data_or_trained() -> None:
+    @register_rule("signed", kind="scored", evidence="gradient", help="-g * delta")
+    def signed(evidence: Evidence) -> torch.Tensor:
+        assert evidence.measured is not None
+        return -evidence.measured * evidence.delta
+
+    register_rule("trained_relative", relative, kind="trained", help="a mask among the largest |delta| / |base|")
+    base = tiny_bert()
+    batch = {"input_ids": torch.randint(5, 40, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    model = graft(base, perturbed(base), density=0.05, selection="signed", task_type="SEQ_CLS")
+    assert not held(model)
+    initialize_graft(model, [batch], progress=False)
+    config = model.peft_config["default"]
+    assert sum(map(len, held(model).values())) == config.entries == round(0.05 * config.eligible)
+    trained = graft(base, perturbed(base), density=0.05, selection="trained_relative", task_type="SEQ_CLS").train()
+    trainable = [parameter for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    logits = sum(parameter.numel() for parameter in trainable if parameter.ndim == 1)
+    assert logits >= 10 * trained.peft_config["default"].entries
 
 
+@pytest.mark.usefixtures("own")
+def test_scores_of_another_shape_are_refused() -> None:
+    register_rule("rows", lambda evidence: evidence.delta.abs().sum(-1), help="sums over rows")
+    base = tiny_bert()
+    with pytest.raises(SelectionError, match=r"one value for each entry, got shape \(.*from the rule 'rows'"):
+        graft(base, perturbed(base), density=0.05, selection="rows")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_rule_over_whole_tensors_is_refused_for_files_only(tmp_path: Path) -> None:
+    def share(evidence: Evidence) -> torch.Tensor:
+        return evidence.delta.abs() / evidence.delta.abs().max().clamp(min=1e-9)
+
+    register_rule("share", share, help="|delta| / max |delta|", blocks="never")
+    base = tiny_bert()
+    perturbed(base).save_pretrained(tmp_path / "donor")
+    base.save_pretrained(tmp_path / "base")
+    config = GraftConfig(donor=str(tmp_path / "donor"), density=0.05, selection="share")
+    with pytest.raises(SelectionError, match="one by one to read files in blocks, got 'share'"):
+        extract(tmp_path / "base", config, tmp_path / "skill")
+    assert held(graft(base, str(tmp_path / "donor"), density=0.05, selection="share"))
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
-    ("name", "layer"),
+    ("changes", "message"),
     [
-        ("bert.encoder.layer.3.output.dense.weight", "bert.encoder.layer.3"),
-        ("model.layers.11.mlp.experts.2.w1.weight", "model.layers.11"),
-        ("h.0.attn.c_attn.bias", "h.0"),
-        ("bert.embeddings.LayerNorm.bias", "bert.embeddings.LayerNorm"),
-        ("0.weight", "0"),
-        ("cls_token", "cls_token"),
+        ({"name": "magnitude"}, "name must be new, got 'magnitude'. To replace that rule, del RULES"),
+        ({"name": "two words"}, "name must be a word without spaces, got 'two words'"),
+        ({"name": ""}, "name must be a word without spaces, got ''"),
+        ({"score": 3}, "score must be a function of Evidence, got int"),
+        ({"help": " "}, "help must be one line of text, got ' '"),
+        ({"help": "a\nb"}, "help must be one line of text"),
+        ({"kind": "weights"}, r"kind must be one of \['data_free', 'scored', 'trained', 'procedure'\], got 'weights'"),
+        ({"kind": "scored"}, "evidence of a 'scored' rule must be one of 'gradient', .*, got None"),
+        ({"evidence": "gradient"}, "evidence of a 'data_free' rule must be one of None, got 'gradient'"),
+        ({"kind": "procedure", "evidence": "gradient"}, "evidence of a 'procedure' rule must be one of 'sigmoid'"),
+        ({"blocks": "any"}, "blocks must be one of"),
+        ({"name": "a b", "help": "", "kind": "x"}, "name must .* help must .* kind must"),
     ],
 )
-def test_a_layer_ends_at_the_first_number(name: str, layer: str) -> None:
-    assert unit_of(name, "layer") == layer
-    assert unit_of(name, "tensor") == name
+def test_rules_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"name": "own", "score": relative, "help": "|delta| / |base|"} | changes
+    before = dict(RULES)
+    with pytest.raises(SelectionError, match=message):
+        register_rule(options.pop("name"), options.pop("score"), **options)
+    assert before == RULES
 
 
-def test_whole_tensors_are_taken_by_falling_mean_while_they_fit() -> None:
-    scored = named([[1.0, 1.0], [9.0, 0.0, 0.0], [2.0], [4.0, 4.0, 4.0, 4.0]])  # means 1, 3, 2, 4
-    assert as_lists(select(scored, sizes_of(scored), num_params=6, granularity="tensor")) == {
-        "t2": [0],
-        "t3": [0, 1, 2, 3],
-    }  # t1 does not fit after t3, t2 does
-
-
-def test_a_layer_is_taken_as_a_whole() -> None:
-    scored = [
-        ("h.0.a", torch.tensor([5.0, 5.0])),
-        ("h.0.b", torch.tensor([0.0])),
-        ("h.1.a", torch.tensor([4.0])),
-        ("h.1.b", torch.tensor([[4.0], [4.0]])),
-        ("norm", torch.zeros(0)),
-    ]
-    assert as_lists(select(scored, sizes_of(scored), num_params=3, granularity="layer")) == {
-        "h.1.a": [0],
-        "h.1.b": [0, 1],
-    }
-
-
-def test_units_of_equal_mean_are_taken_by_name() -> None:
-    scored = named([[1.0], [1.0], [1.0]])
-    assert as_lists(select(scored, sizes_of(scored), num_params=2, granularity="tensor")) == {"t0": [0], "t1": [0]}
-
-
-def test_a_budget_below_every_unit_is_refused() -> None:
-    scored = named([[1.0] * 4, [1.0] * 3])
-    with pytest.raises(SelectionError, match="at least one tensor, got 2 entries for units of 3 or more"):
-        select(scored, sizes_of(scored), num_params=2, granularity="tensor")
+def test_the_generator_of_a_tensor_is_what_random_draws_from() -> None:
+    alone = RULES["random"].score(evidence(seed=3))
+    assert torch.equal(alone, torch.rand(2, 2, generator=tensor_generator("a.weight", 3)))
+    assert torch.equal(alone, RULES["random"].score(evidence(seed=3, generator=tensor_generator("a.weight", 3))))

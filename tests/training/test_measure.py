@@ -17,12 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from grafts import DTYPES, FAMILIES, MLP, TASKS, assert_same, graft, held, parameters
 from models import inputs, perturbed, tiny_bert, tiny_vit, tiny_whisper
 from peft_graft import GraftConfig, SelectionError, initialize_graft
-from peft_graft.selection.rules import RULES, top_k_mask
+from peft_graft.selection.rules import RULES
+from peft_graft.selection.topk import top_k_mask
 from peft_graft.training import measure as measure_module
 from peft_graft.training.measure import batch_size, default_loss, mean_loss, measure
 
 Batch = dict[str, torch.Tensor]
-DATA_DRIVEN = sorted(name for name, rule in RULES.items() if rule.needs not in ("weights", "training"))
+DATA_DRIVEN = sorted(name for name, rule in RULES.items() if rule.kind == "scored")
 
 
 def examples(sizes: tuple[int, ...] = (4, 1, 3), outputs: int = 3) -> list[Batch]:
@@ -164,7 +165,7 @@ SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 def test_a_data_driven_mask_is_the_dense_top_k_of_its_scores(selection: str) -> None:
     base = MLP()
     donor = perturbed(base, scale=0.5)
-    evidence = measured(base, donor, RULES[selection].needs, examples())
+    evidence = measured(base, donor, RULES[selection].evidence, examples())
     names = sorted(evidence)
     scores = [
         SCORES[selection]((donor.get_parameter(name) - base.get_parameter(name)).detach(), evidence[name]).flatten()

@@ -93,7 +93,7 @@ def test_a_config_survives_saving(tmp_path: Path) -> None:
 
 
 def test_who_loads_a_patch_need_not_know_its_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "own", Rule("own", "weights", magnitude, "somebody's rule"))
+    monkeypatch.setitem(RULES, "own", Rule("own", magnitude, "somebody's rule"))
     base = tiny_bert()
     model = graft(base, perturbed(base), density=0.1, selection="own")
     model.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from grafts import DTYPES, FAMILIES, MLP, TASKS, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import SelectionError
-from peft_graft.selection.rules import top_k_mask
+from peft_graft.selection.topk import top_k_mask
 from peft_graft.tuner.mask import Slot
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ from peft_graft.workflows.diff import DiffResult, Distance
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_reader, "BLOCK", 500)
-    monkeypatch.setattr(block_reader, "PIECE", 77)
+    monkeypatch.setattr(block_reader, "READ_ENTRIES", 500)
+    monkeypatch.setattr(block_reader, "BLOCK_ENTRIES", 77)
 
 
 def save_pair(tmp_path: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:

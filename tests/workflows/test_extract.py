@@ -26,7 +26,7 @@ import models
 from grafts import held, output, same_bits
 from models import inputs, perturbed
 from peft_graft import DonorError, GraftConfig, Patch, SelectionError
-from peft_graft.selection import streaming
+from peft_graft.selection import select
 from peft_graft.workflows.extract import extract, task_of
 
 FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
@@ -121,7 +121,7 @@ def test_a_budget_that_does_not_fit_in_memory_gives_the_same_bytes(
 ) -> None:
     base, donor = save_pair(tmp_path, models.tiny_gpt2)
     extract(base, donor, tmp_path / "one", density=0.1)
-    monkeypatch.setattr(streaming, "HELD_AT_ONCE", 10)
+    monkeypatch.setattr(select, "HELD_AT_ONCE", 10)
     extract(base, donor, tmp_path / "other", density=0.1)
     assert_same_files(tmp_path / "one", tmp_path / "other")
 

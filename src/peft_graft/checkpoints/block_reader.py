@@ -1,61 +1,39 @@
-"""Two checkpoints side by side, read piece by piece ahead of the arithmetic, in memory that does not grow with them."""
+"""Read two checkpoints side by side, block by block, in memory that does not grow with them."""
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
 from .donor import FLOAT_DTYPES, DonorError, Extent
+from .pairing import Block, Span, count_nonfinite
 
-# Entries of one read, and of what is handed out.
-BLOCK = 1 << 21
-PIECE = 1 << 20
+# Entries of one read, and of one block that is handed out.
+READ_ENTRIES = 1 << 21
+BLOCK_ENTRIES = 1 << 20
 # Reads that are done or under way beyond those that are being worked on, and reads that the kernel is told of ahead:
 # enough to keep a disk busy while the results are put together.
 _AHEAD = 2
 _ADVISED = 64
-# Threads that work at most, each with a block of either side: then memory does not grow with the number of cores.
-MOST_WORKERS = 8
+# Threads that work at most, each with what was read of either side: then memory does not grow with the number of cores.
+MAX_WORKERS = 8
 
 A = TypeVar("A")
 B = TypeVar("B")
 T = TypeVar("T")
 
 
-class Piece(NamedTuple):
-    """Some entries of one tensor, in the base and in the donor.
-
-    Attributes:
-        name: The tensor's name in the base.
-        start: Flat index of the first of them.
-        base: The base's values, 1-D.
-        donor: The donor's values, of the same shape, in the donor's dtype.
-    """
-
-    name: str
-    start: int
-    base: torch.Tensor
-    donor: torch.Tensor
-
-
-class Where(NamedTuple):
-    """What a piece is of: the tensor's name in the base, the flat index of the first entry, and how many there are."""
-
-    name: str
-    start: int
-    size: int
-
-
-class Pairs:
+class PairedReader:
     """Tensors of a base beside those of a donor, both in files.
 
     Args:
@@ -65,11 +43,14 @@ class Pairs:
 
     Attributes:
         sizes: Number of entries by name, in increasing order.
-        progress: Called with the number of bytes of every read.
+        whole_tensors: False: tensors are handed out in blocks.
+        on_read: Called with the number of bytes of every read, in the thread that works on them.
 
     Raises:
         DonorError: A tensor is not of a floating-point dtype.
     """
+
+    whole_tensors = False
 
     def __init__(
         self,
@@ -79,7 +60,7 @@ class Pairs:
     ) -> None:
         self._sides = [base] if donor is None else [base, donor]
         self._dtypes = dtypes or {}
-        self.progress: Callable[[int], object] = lambda count: None
+        self.on_read: Callable[[int], object] = lambda nbytes: None
         for role, side in zip(("base", "donor"), self._sides, strict=False):
             _refuse_dtypes(role, side)
         self.sizes = {name: sum(_count(extent) for extent in base[name]) for name in sorted(base)}
@@ -98,76 +79,77 @@ class Pairs:
             return _dtype(self._sides[1][name])
         return self._dtypes.get(name, _dtype(self._sides[0][name]))
 
-    def pieces(self, names: Iterable[str] | None = None) -> Iterator[Piece]:
-        """Read tensors side by side.
-
-        Args:
-            names: Which ones, in increasing order; None for all.
-
-        Yields:
-            The pieces of each tensor in turn, in order. Their memory is used again for later ones.
-
-        Raises:
-            DonorError: A file is shorter than it was.
-        """
-        for _, piece in self.map(lambda piece: piece, names, workers=1):
-            yield piece
-
     def map(
-        self, work: Callable[[Piece], T], names: Iterable[str] | None = None, workers: int | None = None
-    ) -> Iterator[tuple[Where, T]]:
-        """Do something with every piece while later ones are being read.
+        self, work: Callable[[Block], T], names: Iterable[str] | None = None, workers: int | None = None
+    ) -> Iterator[tuple[Span, T]]:
+        """Call a function on every block while later ones are being read.
 
         Args:
-            work: What to do with a piece, in another thread. What it returns must not share the piece's memory.
-            names: Which tensors, in increasing order; None for all.
-            workers: How many threads work; one works through the pieces in order. Default: as many as torch has, up
-                to 8, of which each operation gets one meanwhile.
+            work: Called in another thread, in which each torch operation runs on one core. Its result must not share
+                the block's memory, which is used again.
+            names: Tensors to read, in increasing order; None for all.
+            workers: Number of threads that work; a single one works through the blocks in order. Default: as many as
+                torch has, up to 8.
 
         Yields:
-            For each piece, in order: what it is of, and what `work` returned.
+            For each block, in order: where it stands, and the result of `work`.
 
         Raises:
             DonorError: A file is shorter than it was.
         """
-        threads = torch.get_num_threads()
-        workers = workers or min(threads, MOST_WORKERS)
+        workers = workers or min(torch.get_num_threads(), MAX_WORKERS)
         under_way = workers + _AHEAD
         width = max((_dtype(extents).itemsize for side in self._sides for extents in side.values()), default=0)
-        blocks = [
-            (name, start, min(start + BLOCK, self.sizes[name]))
+        reads = [
+            (name, start, min(start + READ_ENTRIES, self.sizes[name]))
             for name in (sorted(self.sizes) if names is None else names)
-            for start in range(0, self.sizes[name], BLOCK)
+            for start in range(0, self.sizes[name], READ_ENTRIES)
         ]
         with ExitStack() as stack:
             # One thread a side: both disks, or both ends of one, are busy meanwhile.
-            readers = [stack.enter_context(_Reader(side, BLOCK * width, under_way)) for side in self._sides]
-            pool = stack.enter_context(pool_of(workers))
-            stack.callback(torch.set_num_threads, threads)
-            torch.set_num_threads(1)  # pieces are so small that threads within an operation only wait for each other
+            readers = [stack.enter_context(_Reader(side, READ_ENTRIES * width, under_way)) for side in self._sides]
+            pool = stack.enter_context(worker_pool(workers))
 
-            def read() -> Iterator[tuple[str, int, list[Future[torch.Tensor]]]]:
-                for number, (name, start, stop) in enumerate(blocks):
-                    soon = blocks[number + _ADVISED] if number + _ADVISED < len(blocks) else None
+            def submitted() -> Iterator[tuple[str, int, list[Future[torch.Tensor]]]]:
+                for number, (name, start, stop) in enumerate(reads):
+                    soon = reads[number + _ADVISED] if number + _ADVISED < len(reads) else None
                     yield name, start, [reader.submit(name, start, stop, soon) for reader in readers]
 
-            for done in in_order(pool, lambda block: self._through(work, *block), read(), under_way):
-                yield from done
+            for results in map_in_order(pool, lambda read: self._through(work, *read), submitted(), under_way):
+                yield from results
+
+    def delta(self, block: Block) -> torch.Tensor:
+        """Compute donor - base of a block, in float32.
+
+        Raises:
+            DonorError: The donor holds NaN or Inf.
+        """
+        base = block.base.float() if block.base.dtype == torch.float64 else block.base
+        # In place, the other operand is widened on the way, which is exact and spares a copy.
+        delta = block.donor.to(torch.float32, copy=True).sub_(base)
+        # A finite delta has finite ends, so one sum settles the usual case.
+        if not math.isfinite(delta.sum()) and (bad := count_nonfinite(block.donor)):
+            raise DonorError(
+                f"donor tensors must be finite, got {bad:,} NaN or Inf in {block.name!r}. "
+                "Its training has probably diverged: use an earlier checkpoint."
+            )
+        return delta
 
     def _through(
-        self, work: Callable[[Piece], T], name: str, start: int, read: list[Future[torch.Tensor]]
-    ) -> list[tuple[Where, T]]:
-        before, after = self._values(name, [future.result() for future in read])
-        done = []
-        for first in range(0, before.numel(), PIECE):
-            piece = Piece(name, start + first, before[first : first + PIECE], after[first : first + PIECE])
-            done.append((Where(name, piece.start, piece.base.numel()), work(piece)))
-        return done
+        self, work: Callable[[Block], T], name: str, start: int, read: list[Future[torch.Tensor]]
+    ) -> list[tuple[Span, T]]:
+        base, donor = self._values(name, [future.result() for future in read])
+        results = []
+        for first in range(0, base.numel(), BLOCK_ENTRIES):
+            end = first + BLOCK_ENTRIES
+            block = Block(name, start + first, base[first:end], donor[first:end])
+            results.append((Span(name, block.start, block.base.numel()), work(block)))
+        return results
 
     def _values(self, name: str, read: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.progress(sum(values.nbytes for values in read))
-        before = read[0].to(self.dtype(name))
-        return before, read[1] if len(read) == 2 else torch.zeros_like(before)
+        self.on_read(sum(values.nbytes for values in read))
+        base = read[0].to(self.dtype(name))
+        return base, read[1] if len(read) == 2 else torch.zeros_like(base)
 
 
 class _Reader:
@@ -189,7 +171,7 @@ class _Reader:
             file.close()
 
     def submit(self, name: str, start: int, stop: int, soon: tuple[str, int, int] | None) -> Future[torch.Tensor]:
-        """Read a block, and have the kernel begin with one that will be read soon."""
+        """Read entries [start, stop) of a tensor, and have the kernel begin with others that will be read soon."""
         buffer = self._buffers[self._turn % len(self._buffers)]
         self._turn += 1
         return self._thread.submit(self._read, self._side[name], start, stop, buffer, soon)
@@ -205,9 +187,9 @@ class _Reader:
         if soon is not None and hasattr(os, "posix_fadvise"):
             for extent, first, last in _overlaps(self._side[soon[0]], *soon[1:]):
                 width = _dtype([extent]).itemsize
-                where, length = extent.offset + first * width, (last - first) * width
+                offset, length = extent.offset + first * width, (last - first) * width
                 with suppress(OSError):  # only advice: some file systems take none
-                    os.posix_fadvise(self._open(extent).fileno(), where, length, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(self._open(extent).fileno(), offset, length, os.POSIX_FADV_WILLNEED)
         dtype = _dtype(extents)
         values = buffer[: (stop - start) * dtype.itemsize]
         into, done = memoryview(values.numpy().data), 0
@@ -236,21 +218,47 @@ class _Reader:
             done += count
 
 
-def pool_of(workers: int) -> AbstractContextManager[ThreadPoolExecutor]:
-    """Return threads that, when they are no longer needed, drop what has not begun."""
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Start threads in which each torch operation runs on one core; at the end, drop the work that has not begun.
 
-    @contextmanager
-    def managed() -> Iterator[ThreadPoolExecutor]:
-        pool = ThreadPoolExecutor(workers)
+    Blocks are so small that threads within an operation would only wait for each other.
+
+    Args:
+        workers: Number of threads.
+
+    Yields:
+        The pool. Every other thread, of today or to come, has as many threads for an operation as before.
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        # torch has a count for each thread, and a default for those to come; set_num_threads sets both. So workers set
+        # their own, and then a thread that ends at once sets the default again.
+        default = _in_new_thread(torch.get_num_threads)
+        started = threading.Barrier(workers)  # each call waits for all others, so every thread gets one
         try:
-            yield pool
+            for each in [pool.submit(_use_one_core, started) for _ in range(workers)]:
+                each.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            started.abort()  # where not all threads could be started, the others end
+            _in_new_thread(lambda: torch.set_num_threads(default))
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    return managed()
+
+def _use_one_core(started: threading.Barrier) -> None:
+    torch.get_num_threads()  # takes the default over, which would otherwise be done, and undo this, at the first use
+    torch.set_num_threads(1)
+    started.wait()
 
 
-def in_order(
+def _in_new_thread(call: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def map_in_order(
     pool: ThreadPoolExecutor,
     work: Callable[[A], B],
     items: Iterable[A],
@@ -258,35 +266,35 @@ def in_order(
     size: Callable[[A], int] = lambda item: 0,
     room: int = 0,
 ) -> Iterator[B]:
-    """Do work on items in threads, and yield the results in the items' order.
+    """Call a function on items in threads, and yield the results in the items' order.
 
     Args:
         pool: The threads.
-        work: What to do.
-        items: What to do it on; taken one by one, each when there is place and room for it.
+        work: The function.
+        items: Its arguments; taken one by one, each when fewer than `under_way` are left and they leave room for it.
         under_way: How many items may be in work or wait to be used, with the next one.
-        size: How much room an item takes.
-        room: How much room there is for items in work or waiting, before the next one; a single one may take more.
+        size: Room that an item takes.
+        room: Room for items in work or waiting, before the next one; a single one may take more.
 
     Yields:
-        What `work` returned.
+        The results.
     """
     waiting: deque[tuple[Future[B], int]] = deque()
-    taken = 0
+    used = 0
     for item in items:
         waiting.append((pool.submit(work, item), size(item)))
-        taken += waiting[-1][1]
+        used += waiting[-1][1]
         del item  # so that nothing but the work holds on to it while the next one is made
-        while len(waiting) == under_way or (len(waiting) > 1 and taken > room):
+        while len(waiting) == under_way or (len(waiting) > 1 and used > room):
             future, freed = waiting.popleft()
-            taken -= freed
+            used -= freed
             yield future.result()
     while waiting:
         yield waiting.popleft()[0].result()
 
 
 def _overlaps(extents: Sequence[Extent], start: int, stop: int) -> Iterator[tuple[Extent, int, int]]:
-    """The extents that hold entries [start, stop) of their sequence, with the first and the end of them in each."""
+    """Yield the extents that hold entries [start, stop) of their sequence, with the first and the end in each."""
     at = 0
     for extent in extents:
         first, last = max(start - at, 0), min(stop - at, _count(extent))

@@ -1,14 +1,15 @@
-"""Donors: fine-tuned models in files, on the Hub or in memory, whose tensors are read one at a time."""
+"""Read fine-tuned models in files, on the Hub or in memory, one tensor at a time."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub import file_exists, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -25,7 +26,7 @@ from ..peft_compat.torch_names import COMPILED
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What the tensors of a base, a donor and a patch may hold.
+# Dtypes of the tensors of a base, a donor and a patch.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How many names an error message lists at most.
 MAX_LISTED = 5
@@ -42,7 +43,7 @@ class DonorError(ValueError):
 
 
 class Extent(NamedTuple):
-    """Where the values of a tensor stand, for whoever reads them piece by piece.
+    """Where the values of a tensor stand in a file, for reading them block by block.
 
     Attributes:
         path: The file.
@@ -86,7 +87,7 @@ class CheckpointDonor:
         source: A directory with `model.safetensors`, or with `model.safetensors.index.json` and its shards; one
             `*.safetensors` file; or a Hub id, of which only those files are fetched (from the cache when offline).
         revision: Branch, tag or commit of a Hub id.
-        role: What errors call it: `"donor"`, or `"base"` where both sides are read from files.
+        role: Its name in errors: `"donor"`, or `"base"` where both sides are read from files.
         token: Token for the Hub.
 
     Attributes:
@@ -161,17 +162,18 @@ class CheckpointDonor:
             raise DonorError(f"{str(index)!r} must be a JSON index with a weight_map, got {error!r}.") from error
         if not plain or not shards:
             raise DonorError(f"{str(index)!r} must map tensors to the names of files beside it, got {shards[:3]!r}.")
+        # All from the commit of the index, even if the branch moves meanwhile.
+        fetched = (
+            None if self.revision is None else _download_all(self.name, shards, self.revision, self.role, self._token)
+        )
+        folder = fetched or index.parent
         for shard in shards:
-            if self.revision is None:
-                path = index.parent / shard
-            else:
-                path = _download(self.name, shard, self.revision, self.role, self._token)
-            if path is None or not path.is_file():
+            if not (folder / shard).is_file():
                 raise DonorError(
                     f"{self.role} must hold every file that {INDEX_FILE} names, got no {shard!r} in {self.name!r}. "
-                    "Copy or download the checkpoint again."
+                    "Copy or download the checkpoint again; offline, the cache must hold all of them."
                 )
-            self._read_header(path)
+            self._read_header(folder / shard)
         held = {name: extent.path.name for name, extent in self._extents.items()}
         lost = sorted(name for name, shard in weight_map.items() if held.get(name) != shard)
         if lost:
@@ -260,7 +262,7 @@ class ZerosDonor:
 def open_donor(
     donor: str | os.PathLike[str] | nn.Module | Donor, revision: str | None = None, token: str | bool | None = None
 ) -> Donor:
-    """Turn what a user calls a donor into a `Donor`.
+    """Open a donor in any of the forms that a user may give it in.
 
     Args:
         donor: A directory, a file, a Hub id, `"zeros"`, a model in memory, or a `Donor`, which is returned as it is.
@@ -340,10 +342,7 @@ def _download(repo: str, name: str, revision: str | None, role: str, token: str 
         # Neither reached nor cached, but the repository may keep its weights under the other name.
         if name == WEIGHTS_FILE:
             return None
-        raise DonorError(
-            f"{role} must be a directory, or a Hub id that can be reached or is cached, got {repo!r}. "
-            "Check the spelling and the network; when offline, download it beforehand."
-        ) from error
+        raise _unreachable(repo, role) from error
     except EntryNotFoundError:
         return None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -351,3 +350,19 @@ def _download(repo: str, name: str, revision: str | None, role: str, token: str 
         raise DonorError(
             f"{role} must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
         ) from error
+
+
+def _download_all(repo: str, names: list[str], commit: str, role: str, token: str | bool | None) -> Path:
+    """Fetch files of one commit from the Hub or its cache, several at a time; return the directory they are in."""
+    try:
+        patterns = [glob.escape(name) for name in names]
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, token=token))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(repo, role) from error
+
+
+def _unreachable(repo: str, role: str) -> DonorError:
+    return DonorError(
+        f"{role} must be a directory, or a Hub id that can be reached or is cached, got {repo!r}. "
+        "Check the spelling and the network; when offline, download it beforehand."
+    )

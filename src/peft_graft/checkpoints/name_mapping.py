@@ -1,4 +1,4 @@
-"""A model without values, and checkpoints seen in its names: what transformers renames or joins while loading."""
+"""Read a checkpoint under the names of a model, as transformers renames and joins its tensors while loading."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
     Args:
         config: The checkpoint's configuration.
-        name: What the checkpoint is called, for the error message.
+        name: Name of the checkpoint, for the error message.
 
     Raises:
-        DonorError: It is none of transformers'.
+        DonorError: The configuration names no class of transformers.
     """
     for architecture in config.architectures or ():
         found = getattr(transformers, architecture, None)
@@ -61,7 +61,7 @@ def build_skeleton(
     model_type: Any = None,
     token: str | bool | None = None,
 ) -> PreTrainedModel:
-    """Build the base as transformers would load it, without its values: they are on the meta device and are not read.
+    """Build the base as transformers would load it, but on the meta device, so that no values are read.
 
     Args:
         base: A directory or Hub id.
@@ -100,7 +100,7 @@ def build_skeleton(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bar and its report on values that it believes to be loading."""
+    """Switch off transformers' progress bar and its report on the values that it believes to be loading."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -113,8 +113,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class ModelView:
-    """A checkpoint whose tensors bear the names that they have in a model.
+class RenamedCheckpoint:
+    """A checkpoint whose tensors have the names that they have in a model.
 
     Experts that a checkpoint stores one by one and a model holds as one tensor appear as that tensor. Forms that take
     arithmetic to convert, or that reorder entries within a tensor, are refused when they are asked for.
@@ -178,20 +178,20 @@ class ModelView:
         """Refuse tensors that transformers computes from the files' while it loads them.
 
         Raises:
-            DonorError: Names them and says what is done to them.
+            DonorError: Some are; the message names the first, and the operation.
         """
         bad = {name: self._refused[name] for name in names if name in self._refused}
         if bad:
-            name, what = next(iter(bad.items()))
+            name, operations = next(iter(bad.items()))
             raise DonorError(
                 f"{self.role} tensors must stand in the files as they do in the model, got {name!r} of {self.name!r}, "
-                f"which transformers converts while loading ({what}; {len(bad)} such tensors). Leave them out with "
-                "exclude_modules, or load both models and use get_peft_model(base, GraftConfig(donor=model, ...))."
+                f"which transformers converts while loading ({operations}; {len(bad)} such tensors). Leave them out "
+                "with exclude_modules, or load both models and use get_peft_model(base, GraftConfig(donor=model, ...))."
             )
 
 
 def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state dict as it was before adapters were added."""
+    """Return a model's state dict as it was before adapters were added."""
     return {
         key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for key, tensor in model.state_dict().items()
@@ -205,7 +205,7 @@ def _collect(
     """Sort a checkpoint's keys by the model's tensor that they become part of, as transformers does when it loads them.
 
     Returns:
-        By the model's tensor: what converts them, and keys by the converter's source pattern.
+        By the model's tensor: the converter, if there is one, and keys by the converter's source pattern.
     """
     if not isinstance(model, PreTrainedModel):
         return {key: (None, {key: [key]}) for key in keys}
@@ -226,7 +226,7 @@ def _collect(
 
 
 def _in_flat_order(converter: WeightConverter, sources: list[list[str]]) -> list[str]:
-    """The keys in the order in which their entries follow each other in the joined tensor; none if they do not."""
+    """Return the keys in the order of their entries in the joined tensor; none if these do not follow each other."""
     operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
     if operations == [(MergeModulelist, 0)] and len(sources) == 1:
         return sources[0]

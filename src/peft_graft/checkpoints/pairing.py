@@ -1,9 +1,9 @@
-"""The streams of (name, base, donor), tensor by tensor, that every delta is made from."""
+"""Pair the tensors of a base with those of a donor by name, and hand them out one pair at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -25,12 +25,16 @@ __all__ = [
     "FLOAT_DTYPES",
     "INDEX_FILE",
     "WEIGHTS_FILE",
+    "Block",
     "CheckpointDonor",
     "Donor",
     "DonorError",
     "ModuleDonor",
+    "PairedTensors",
+    "Span",
     "Triple",
     "ZerosDonor",
+    "bits_differ",
     "count_nonfinite",
     "nothing_to_graft",
     "open_donor",
@@ -40,6 +44,33 @@ __all__ = [
 
 # The names that TensorFlow gave to the parameters of LayerNorm, still found in old BERT checkpoints.
 _OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+T = TypeVar("T")
+
+
+class Block(NamedTuple):
+    """Entries of one tensor that follow each other, in the base and in the donor.
+
+    Attributes:
+        name: The tensor's name in the base.
+        start: Flat index of the first of them.
+        base: The base's values: 1-D, or the whole tensor in its shape.
+        donor: The donor's values, of the same shape, in the donor's dtype.
+    """
+
+    name: str
+    start: int
+    base: torch.Tensor
+    donor: torch.Tensor
+
+
+class Span(NamedTuple):
+    """Where a block stands: the tensor's name in the base, the first entry's flat index, and the number of entries."""
+
+    name: str
+    start: int
+    size: int
 
 
 class Triple(NamedTuple):
@@ -102,8 +133,67 @@ def resolve_names(
     return found
 
 
+class PairedTensors:
+    """Tensors of a base in memory beside those of a donor, handed out whole and one at a time.
+
+    Args:
+        base: Floating-point tensors by name, each looked up when its turn comes.
+        donor: Where the other side comes from.
+        names: Base tensor name -> donor tensor name, from `resolve_names`.
+        sizes: Number of entries of each tensor of the base, by name.
+        show_progress_bar: Show a progress bar in every pass.
+
+    Attributes:
+        sizes: Number of entries by name, in increasing order.
+        whole_tensors: True: a block is a whole tensor.
+    """
+
+    whole_tensors = True
+
+    def __init__(
+        self,
+        base: Mapping[str, torch.Tensor],
+        donor: Donor,
+        names: Mapping[str, str],
+        sizes: Mapping[str, int],
+        show_progress_bar: bool = False,
+    ) -> None:
+        self._base, self._donor, self._names = base, donor, names
+        self._show_progress_bar = show_progress_bar
+        self.sizes = dict(sorted(sizes.items()))
+
+    def map(
+        self, work: Callable[[Block], T], names: Iterable[str] | None = None, workers: int | None = None
+    ) -> Iterator[tuple[Span, T]]:
+        """Call a function on every tensor that has entries, in the caller's thread; as `PairedReader.map`.
+
+        Args:
+            work: The function.
+            names: Tensors to go through; None for all.
+            workers: Not used: operations on whole tensors use all cores.
+
+        Yields:
+            For each tensor, in order of the names: its span, and the result of `work`.
+
+        Raises:
+            DonorError: As `stream` does.
+        """
+        wanted = self._names if names is None else {name: self._names[name] for name in names}
+        for name, base, donor in stream(self._base, self._donor, wanted, self._show_progress_bar):
+            if base.numel():
+                yield Span(name, 0, base.numel()), work(Block(name, 0, base.detach(), donor))
+
+    def delta(self, block: Block) -> torch.Tensor:
+        """Compute donor - base of a tensor, in float32, on the base's device."""
+        base = block.base.float() if block.base.dtype == torch.float64 else block.base
+        return block.donor.to(base.device, torch.float32, copy=True).sub_(base)
+
+
 def stream(
-    base: Mapping[str, torch.Tensor], donor: Donor, names: Mapping[str, str] | None = None, progress: bool = False
+    base: Mapping[str, torch.Tensor],
+    donor: Donor,
+    names: Mapping[str, str] | None = None,
+    show_progress_bar: bool = False,
 ) -> Iterator[Triple]:
     """Yield the base's tensors beside the donor's, one at a time.
 
@@ -112,7 +202,7 @@ def stream(
             may be a lazy one.
         donor: Where the other side comes from; no more than one of its tensors is held at a time.
         names: Base tensor name -> donor tensor name, from `resolve_names`; by default it is called here.
-        progress: Show a progress bar.
+        show_progress_bar: Show a progress bar.
 
     Returns:
         An iterator over `Triple`, in sorted order of the base's names.
@@ -123,14 +213,21 @@ def stream(
     """
     if names is None:
         names = resolve_names({name: tuple(tensor.shape) for name, tensor in base.items()}, donor)
-    return _triples(base, donor, names, progress)
+    return _triples(base, donor, names, show_progress_bar)
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
     """Count the NaN and infinite entries of a floating-point tensor."""
     # One reading pass settles the usual case: a finite sum has only finite terms. A sum may overflow, hence the count.
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return 0 if bool(torch.isfinite(total)) else int((~torch.isfinite(tensor)).sum())
+    sum_of_all = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return 0 if bool(torch.isfinite(sum_of_all)) else int((~torch.isfinite(tensor)).sum())
+
+
+def bits_differ(base: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """Mark the entries of two floating-point tensors that differ, also in the sign of a zero; bool, of their shape."""
+    wide = torch.promote_types(base.dtype, donor.dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wide.itemsize]
+    return base.to(wide).view(integer) != donor.to(wide).view(integer)
 
 
 def nothing_to_graft(donor: Donor, num_params: int) -> DonorError:
@@ -151,9 +248,9 @@ def nothing_to_graft(donor: Donor, num_params: int) -> DonorError:
 
 
 def _triples(
-    base: Mapping[str, torch.Tensor], donor: Donor, names: Mapping[str, str], progress: bool
+    base: Mapping[str, torch.Tensor], donor: Donor, names: Mapping[str, str], show_progress_bar: bool
 ) -> Iterator[Triple]:
-    for name in tqdm(sorted(names), desc=f"reading {donor.name}", unit="tensor", disable=not progress):
+    for name in tqdm(sorted(names), desc=f"reading {donor.name}", unit="tensor", disable=not show_progress_bar):
         ours = base[name]
         theirs = torch.zeros_like(ours, device="cpu") if isinstance(donor, ZerosDonor) else donor.get(names[name])
         for side, tensor in (("base", ours), ("donor", theirs)):

@@ -1,52 +1,54 @@
-"""Which entries of the delta carry the skill: scores per entry, and one exact top-k over all tensors."""
+"""Score the entries of a delta: the table of selection rules, and how to add one."""
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, overload
 
 import torch
 
-from .topk import SelectionError, TopK, refuse_nan, top_k_mask
+from .topk import SelectionError
 
 __all__ = [
     "RULES",
     "Evidence",
-    "Granularity",
-    "Needs",
+    "Measurement",
     "Rule",
-    "Scope",
+    "RuleKind",
     "SelectionError",
-    "TopK",
-    "Units",
-    "generator_of",
     "get_rule",
-    "no_entry_in_any_tensor",
-    "resolve_budget",
-    "select",
-    "top_k_mask",
-    "unit_of",
+    "register_rule",
+    "tensor_generator",
 ]
 
-Needs = Literal["weights", "gradient", "path_gradient", "squared_gradient", "input_norm", "training"]
-Scope = Literal["global", "tensor"]
-Granularity = Literal["entry", "tensor", "layer"]
+RuleKind = Literal["data_free", "scored", "trained", "procedure"]
+Measurement = Literal["gradient", "path_gradient", "squared_gradient", "input_norm", "sigmoid"]
+Blocks = Literal["any_order", "in_order", "never"]
+
+# The measurements that each kind of rule may ask for; None for no data.
+_MEASUREMENTS: dict[RuleKind, tuple[Measurement | None, ...]] = {
+    "data_free": (None,),
+    "scored": ("gradient", "path_gradient", "squared_gradient", "input_norm"),
+    "trained": (None,),
+    "procedure": ("sigmoid",),
+}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rule may look at to score one tensor.
+    """Everything that a rule may look at to score one tensor, or one block of it.
 
     Args:
-        name: Name of the tensor; seeds `random`, so that a tensor's scores do not depend on the others.
+        name: Name of the tensor.
         base: Base values, any shape and float dtype.
         delta: `donor - base`, float32, the same shape.
-        measured: What the rule's `needs` asks for, float32, broadcastable to the shape; None for `"weights"`.
+        measured: The measurement that the rule asks for, float32, broadcastable to the shape; None for a rule without
+            data.
         seed: Seed of the rule, any integer.
-        generator: Where `random` draws from, for a tensor that is scored piece by piece; by default one of its own.
+        generator: Random numbers of the tensor, which do not depend on other tensors, for a rule whose `blocks` are
+            `"in_order"`; None where the tensor comes as a whole: `tensor_generator(name, seed)` is the same.
     """
 
     name: str
@@ -57,32 +59,132 @@ class Evidence:
     generator: torch.Generator | None = None
 
 
+Score = Callable[[Evidence], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table of rules: a name, what it needs, and how it scores.
+    """A selection rule: a name, how it scores, and what it needs for that.
 
     Args:
-        name: What the user types in `GraftConfig(selection=...)`.
-        needs: What must be measured before scoring. `"weights"` is data-free, `"training"` is scored by training.
-        score: Scores of one tensor, float32, its shape, higher = keep.
-        summary: One line for `--help` and the docs.
+        name: The value of `GraftConfig(selection=...)`.
+        score: Function from `Evidence` to the scores of these entries: real, the delta's shape, higher = keep.
+        help: One sentence for `--help` and the docs.
+        kind: `"data_free"`: base and delta are enough. `"scored"`: one measurement on data comes first
+            (`initialize_graft`). `"trained"`: the scores choose candidates, and a Trainer trains the mask among them.
+            `"procedure"`: the scores choose the patch that a procedure of its own starts from (`initialize_graft`).
+        evidence: The measurement in `Evidence.measured`, for the kind `"scored"`: `"gradient"` (mean gradient of the
+            loss at the base), `"path_gradient"` (its mean on the way from base to donor), `"squared_gradient"` or
+            `"input_norm"`. For the kind `"procedure"`, the procedure: `"sigmoid"`.
+        blocks: How `peft_graft.extract`, which never holds a tensor as a whole, may call `score`, with 1-D parts of a
+            tensor: in `"any_order"` and several threads, where the score of an entry depends on nothing but that entry;
+            `"in_order"`, where random numbers are drawn; `"never"`, where it depends on the rest of the tensor.
     """
 
     name: str
-    needs: Needs
-    score: Callable[[Evidence], torch.Tensor]
-    summary: str
+    score: Score
+    help: str
+    kind: RuleKind = "data_free"
+    evidence: Measurement | None = None
+    blocks: Blocks = "any_order"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `initialize_graft` must see data before there is a mask."""
+        return self.kind in ("scored", "procedure")
+
+    @property
+    def trains_mask(self) -> bool:
+        """Whether the scores only say where the training of the mask starts."""
+        return self.kind in ("trained", "procedure")
 
 
-def _measured(evidence: Evidence) -> torch.Tensor:
-    if evidence.measured is None:
+RULES: dict[str, Rule] = {}
+
+
+@overload
+def register_rule(
+    name: str,
+    score: None = None,
+    *,
+    help: str,
+    kind: RuleKind = "data_free",
+    evidence: Measurement | None = None,
+    blocks: Blocks = "any_order",
+) -> Callable[[Score], Score]: ...
+
+
+@overload
+def register_rule(
+    name: str,
+    score: Score,
+    *,
+    help: str,
+    kind: RuleKind = "data_free",
+    evidence: Measurement | None = None,
+    blocks: Blocks = "any_order",
+) -> Score: ...
+
+
+def register_rule(
+    name: str,
+    score: Score | None = None,
+    *,
+    help: str,
+    kind: RuleKind = "data_free",
+    evidence: Measurement | None = None,
+    blocks: Blocks = "any_order",
+) -> Score | Callable[[Score], Score]:
+    """Add a selection rule, to be used by its name in `GraftConfig(selection=...)`.
+
+    A rule gives every entry a score; it neither sorts nor counts. Who loads a saved adapter does not need the rule: the
+    mask is made, and the name is only a record. As a decorator:
+
+        @register_rule("relative", help="|delta| / |base|")
+        def relative(evidence: Evidence) -> torch.Tensor:
+            return evidence.delta.abs() / (evidence.base.float().abs() + 1e-3)
+
+    or as a function: `register_rule("relative", relative, help="|delta| / |base|")`.
+
+    Args:
+        name: Name of the rule, not yet in `RULES`. `del RULES[name]` takes it away again.
+        score: Function from `Evidence` to scores; left out in a decorator.
+        help: One sentence for `--help` and the docs.
+        kind: As in `Rule`.
+        evidence: As in `Rule`.
+        blocks: As in `Rule`.
+
+    Returns:
+        `score`, or the decorator, which returns the function as it is.
+
+    Raises:
+        SelectionError: One message for all arguments that do not fit.
+    """
+
+    def register(function: Score) -> Score:
+        problems = _problems(Rule(name, function, help, kind, evidence, blocks))
+        if problems:
+            raise SelectionError(" ".join(problems))
+        RULES[name] = Rule(name, function, help, kind, evidence, blocks)
+        return function
+
+    return register if score is None else register(score)
+
+
+def get_rule(name: str) -> Rule:
+    """Look a rule up by name.
+
+    Raises:
+        SelectionError: The name is not in `RULES`.
+    """
+    if name not in RULES:
         raise SelectionError(
-            f"evidence must be measured on data, got None for {evidence.name!r}. Call peft_graft.initialize_graft."
+            f"selection must be one of {sorted(RULES)}, got {name!r}. Add your own with peft_graft.register_rule."
         )
-    return evidence.measured
+    return RULES[name]
 
 
-def generator_of(name: str, seed: int) -> torch.Generator:
+def tensor_generator(name: str, seed: int) -> torch.Generator:
     """Return the random numbers of one tensor, which do not depend on the other tensors."""
     # The CPU generator looks at no more than 32 bits of its seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -90,7 +192,7 @@ def generator_of(name: str, seed: int) -> torch.Generator:
 
 def random(evidence: Evidence) -> torch.Tensor:
     """Score uniformly at random in [0, 1): the floor every other rule must beat."""
-    generator = evidence.generator or generator_of(evidence.name, evidence.seed)
+    generator = evidence.generator or tensor_generator(evidence.name, evidence.seed)
     return torch.rand(evidence.delta.shape, generator=generator).to(evidence.delta.device)
 
 
@@ -117,186 +219,54 @@ def wanda(evidence: Evidence) -> torch.Tensor:
     return evidence.delta.abs() * _measured(evidence)
 
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule("random", "weights", random, "uniformly at random; the floor"),
-        Rule("magnitude", "weights", magnitude, "|delta|; data-free"),
-        Rule("taylor", "gradient", taylor, "|g * delta| with the gradient at the base"),
-        Rule("path_taylor", "path_gradient", taylor, "|g * delta| with the gradient averaged from base to donor"),
-        Rule("fisher", "squared_gradient", fisher, "g^2 * delta^2 with the gradient at the base"),
-        Rule("wanda", "input_norm", wanda, "|delta| * ||x|| with the input of the layer"),
-        Rule("learned", "training", magnitude, "mask logits trained by any Trainer, starting from |delta|"),
-        Rule("sigmoid", "training", magnitude, "the published procedure (Panigrahi et al. 2023), for parity"),
-    )
-}
-
-
-def get_rule(name: str) -> Rule:
-    """Look a rule up by name.
-
-    Raises:
-        SelectionError: The name is not in `RULES`.
-    """
-    if name not in RULES:
-        raise SelectionError(f"selection must be one of {sorted(RULES)}, got {name!r}. Choose a rule of the table.")
-    return RULES[name]
-
-
-def resolve_budget(total: int, density: float | None, num_params: int | None) -> int:
-    """Turn a density or a count into the exact number of entries: `round(density * total)`.
-
-    Args:
-        total: Number of eligible entries.
-        density: Share of them, in (0, 1]; None when `num_params` is given.
-        num_params: The same as an integer, in [1, total]; None when `density` is given.
-
-    Returns:
-        Number of entries to take from the donor, in [1, total].
-
-    Raises:
-        SelectionError: Neither or both are given, or the budget would be 0 or above `total`.
-    """
-    if (density is None) == (num_params is None):
+def _measured(evidence: Evidence) -> torch.Tensor:
+    if evidence.measured is None:
         raise SelectionError(
-            f"exactly one of density and num_params must be given, got density={density!r} and "
-            f"num_params={num_params!r}. Give one of them."
+            f"evidence must be measured on data, got None for {evidence.name!r}. Call peft_graft.initialize_graft."
         )
-    if num_params is not None:
-        if isinstance(num_params, bool) or not isinstance(num_params, int) or not 1 <= num_params <= total:
-            raise SelectionError(
-                f"num_params must be an integer in [1, {total}] (the eligible entries), got {num_params!r}. "
-                "Lower it or target more modules."
-            )
-        return num_params
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise SelectionError(f"density must be in (0, 1], got {density!r}. Give the share of entries to graft.")
-    budget = round(density * total)
-    if budget == 0:
-        raise SelectionError(
-            f"density must give at least one entry, got {density!r} of {total} eligible entries. "
-            f"Raise it to {1 / total:.1e} or more."
-        )
-    return budget
+    return evidence.measured
 
 
-def no_entry_in_any_tensor(density: float) -> SelectionError:
-    """Build the error for a density that rounds to nothing in every single tensor."""
-    return SelectionError(
-        f"density must give at least one entry in some tensor, got {density!r}. Raise it or use scope='global'."
-    )
+def _problems(rule: Rule) -> list[str]:
+    """Return one sentence for each argument of `register_rule` that does not fit."""
+    problems = []
+    if not isinstance(rule.name, str) or not rule.name or any(map(str.isspace, rule.name)):
+        problems.append(f"name must be a word without spaces, got {rule.name!r}: it is typed on the command line.")
+    elif rule.name in RULES:
+        problems.append(f"name must be new, got {rule.name!r}. To replace that rule, del RULES[{rule.name!r}] first.")
+    if not callable(rule.score):
+        problems.append(f"score must be a function of Evidence, got {type(rule.score).__name__}.")
+    if not isinstance(rule.help, str) or not rule.help.strip() or "\n" in rule.help:
+        problems.append(f"help must be one line of text, got {rule.help!r}: --help shows it beside the name.")
+    if rule.kind not in _MEASUREMENTS:
+        problems.append(f"kind must be one of {list(_MEASUREMENTS)}, got {rule.kind!r}.")
+    elif rule.evidence not in (allowed := _MEASUREMENTS[rule.kind]):
+        listed = ", ".join(map(repr, allowed))
+        problems.append(f"evidence of a {rule.kind!r} rule must be one of {listed}, got {rule.evidence!r}.")
+    if rule.blocks not in get_args(Blocks):
+        problems.append(f"blocks must be one of {list(get_args(Blocks))}, got {rule.blocks!r}.")
+    return problems
 
 
-def unit_of(name: str, granularity: Granularity) -> str:
-    """Name of the unit that a tensor belongs to: itself, or for `"layer"` everything up to the first number.
-
-    `bert.encoder.layer.3.output.dense.weight` is in layer `bert.encoder.layer.3`; a tensor outside of any numbered
-    layer is in a unit with its module.
-    """
-    if granularity == "tensor":
-        return name
-    match = re.match(r"(.*?\.\d+)\.", name)
-    return match.group(1) if match else name.rpartition(".")[0] or name
-
-
-class Units:
-    """Mean scores of whole tensors or layers, which may come in pieces.
-
-    Args:
-        granularity: What a unit is: `"tensor"` or `"layer"`.
-    """
-
-    def __init__(self, granularity: Granularity) -> None:
-        self.granularity = granularity
-        self._sums: dict[str, float] = {}
-        self._members: dict[str, dict[str, int]] = {}
-
-    def add(self, name: str, scores: torch.Tensor) -> None:
-        """Take in the scores of a tensor, or of a piece of it.
-
-        Raises:
-            SelectionError: A score is NaN.
-        """
-        if not scores.numel():
-            return
-        refuse_nan(name, scores)
-        unit = unit_of(name, self.granularity)
-        self._sums[unit] = self._sums.get(unit, 0.0) + float(scores.double().sum())
-        members = self._members.setdefault(unit, {})
-        members[name] = members.get(name, 0) + scores.numel()
-
-    def take(self, budget: int) -> dict[str, int]:
-        """Take units by falling mean score, each as long as it still fits in the budget.
-
-        Returns:
-            Number of entries by name of every tensor taken, in order of the names.
-
-        Raises:
-            SelectionError: No unit fits.
-        """
-        sizes = {unit: sum(members.values()) for unit, members in self._members.items()}
-        taken: dict[str, int] = {}
-        left = budget
-        for unit in sorted(sizes, key=lambda unit: (-self._sums[unit] / sizes[unit], unit)):
-            if sizes[unit] <= left:
-                left -= sizes[unit]
-                taken |= self._members[unit]
-        if not taken:
-            raise SelectionError(
-                f"budget must hold at least one {self.granularity}, got {budget} entries for units of "
-                f"{min(sizes.values())} or more. Raise density or num_params, or choose a finer granularity."
-            )
-        return dict(sorted(taken.items()))
-
-
-def select(
-    scored: Iterable[tuple[str, torch.Tensor]],
-    sizes: Mapping[str, int],
-    *,
-    density: float | None = None,
-    num_params: int | None = None,
-    scope: Scope = "global",
-    granularity: Granularity = "entry",
-) -> dict[str, torch.Tensor]:
-    """Turn scores into a mask with exactly the budget.
-
-    Args:
-        scored: (tensor name, scores) in increasing order of the names; each tensor is looked at once.
-        sizes: Number of entries of every eligible tensor.
-        density: Share of the eligible entries, in (0, 1].
-        num_params: The same as an integer; mutually exclusive with `density`.
-        scope: `"global"`, one budget over all tensors, or `"tensor"`, the same density in each (`density` only).
-        granularity: `"entry"`, or whole `"tensor"`s or `"layer"`s by falling mean score while they fit the budget.
-
-    Returns:
-        Flat indices per tensor: int64, increasing; tensors without any are left out.
-
-    Raises:
-        SelectionError: The budget is impossible, or a score is NaN.
-    """
-    if scope == "tensor":
-        if granularity != "entry" or density is None:
-            raise SelectionError(
-                f"scope='tensor' must come with density and granularity='entry', got density={density!r} and "
-                f"granularity={granularity!r}. Use scope='global'."
-            )
-        resolve_budget(sum(sizes.values()), density, None)
-        chosen = {}
-        for name, scores in scored:
-            best = TopK(max(1, round(density * scores.numel())))
-            if round(density * scores.numel()):
-                best.add(name, scores)
-                chosen.update(best.result())
-        if not chosen:
-            raise no_entry_in_any_tensor(density)
-        return chosen
-    budget = resolve_budget(sum(sizes.values()), density, num_params)
-    if granularity != "entry":
-        units = Units(granularity)
-        for name, scores in scored:
-            units.add(name, scores)
-        return {name: torch.arange(size) for name, size in units.take(budget).items()}
-    best = TopK(budget)
-    for name, scores in scored:
-        best.add(name, scores)
-    return best.result()
+register_rule("random", random, help="uniformly at random; the floor", blocks="in_order")
+register_rule("magnitude", magnitude, help="|delta|; data-free")
+register_rule("taylor", taylor, kind="scored", evidence="gradient", help="|g * delta| with the gradient at the base")
+register_rule(
+    "path_taylor",
+    taylor,
+    kind="scored",
+    evidence="path_gradient",
+    help="|g * delta| with the gradient averaged from base to donor",
+)
+register_rule(
+    "fisher", fisher, kind="scored", evidence="squared_gradient", help="g^2 * delta^2 with the gradient at the base"
+)
+register_rule("wanda", wanda, kind="scored", evidence="input_norm", help="|delta| * ||x|| with the input of the layer")
+register_rule("learned", magnitude, kind="trained", help="mask logits trained by any Trainer, starting from |delta|")
+register_rule(
+    "sigmoid",
+    magnitude,
+    kind="procedure",
+    evidence="sigmoid",
+    help="the published procedure (Panigrahi et al. 2023), for parity",
+)

@@ -102,11 +102,10 @@ def initialize_graft(
     (fewest, most), (_, most_held_out) = collectives.extremes([len(batches), 1 if held_out is None else len(held_out)])
     if not most or not most_held_out:
         raise ValueError("dataloader must hold at least one batch, got none. Check the dataset.")
-    uses_data = rule.needs not in ("weights", "training") or config.selection == "sigmoid"
-    wants_held_out = config.alpha == "auto" or config.selection == "sigmoid"
+    wants_held_out = config.alpha == "auto" or rule.kind == "procedure"
     if held_out is None:
         held_out = batches
-        if uses_data and wants_held_out:
+        if rule.needs_data and wants_held_out:
             if fewest < 2:
                 raise ValueError(
                     f"dataloader must hold at least 2 batches to hold one out for alpha, got {fewest}. "
@@ -115,13 +114,13 @@ def initialize_graft(
             kept = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
             held_out = [batch for turn, batch in enumerate(batches) if turn in kept]
             batches = [batch for turn, batch in enumerate(batches) if turn not in kept]
-    if config.selection == "sigmoid":
+    if rule.kind == "procedure":
         budget = sum(state.budget.values()) if isinstance(state.budget, dict) else state.budget
         options = {"budget": budget, "steps": steps, "validation": held_out, "seed": config.seed}
-        mask = measure(model, tuner, adapter_name, "sigmoid", batches, loss_fn, progress, **options)
+        mask = measure(model, tuner, adapter_name, str(rule.evidence), batches, loss_fn, progress, **options)
         tuner.install_mask(adapter_name, {name: part.flatten().nonzero().flatten() for name, part in mask.items()})
-    elif uses_data:
-        measured = measure(model, tuner, adapter_name, rule.needs, batches, loss_fn, progress)
+    elif rule.needs_data:
+        measured = measure(model, tuner, adapter_name, str(rule.evidence), batches, loss_fn, progress)
         tuner.make_patch(adapter_name, measured, progress=progress)
     _require_same_mask(tuner, adapter_name)
     if config.alpha != "auto":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.pairing import stream
-from ..selection.rules import SelectionError, top_k_mask
+from ..selection.topk import SelectionError, top_k_mask
 from ..tuner import GraftLayer, GraftModel, ParameterHooks
 from ..tuner.backends import collectives
 from ..tuner.backends.offloaded import require_gradients

@@ -12,9 +12,19 @@ from torch import nn
 
 from ..adapter_files.hub_names import cached_commit
 from ..adapter_files.versions import installed_versions
-from ..checkpoints.name_mapping import ModelView
-from ..checkpoints.pairing import CheckpointDonor, Donor, nothing_to_graft, open_donor, resolve_names, stream
-from ..selection.rules import Evidence, TopK, get_rule, no_entry_in_any_tensor, resolve_budget, select
+from ..checkpoints.name_mapping import RenamedCheckpoint
+from ..checkpoints.pairing import (
+    CheckpointDonor,
+    Donor,
+    PairedTensors,
+    nothing_to_graft,
+    open_donor,
+    resolve_names,
+    stream,
+)
+from ..selection.budget import Budget
+from ..selection.rules import get_rule
+from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
 from .mask import GraftStates
@@ -68,7 +78,9 @@ class PatchMaker:
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
         config.provenance = {"versions": installed_versions()}
-        self.donors[adapter_name] = ModelView(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
+        self.donors[adapter_name] = (
+            RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
+        )
         return self.donors[adapter_name]
 
     def _graft(self, adapter_name: str) -> None:
@@ -76,10 +88,10 @@ class PatchMaker:
         self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
         graft_heads(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
-        if rule.needs in ("weights", "training"):
-            self.make_patch(adapter_name)
-        else:
+        if rule.kind == "scored":
             self.states[adapter_name].waits_for_data = True
+        else:
+            self.make_patch(adapter_name)
 
     def donor_names(self, adapter_name: str, donor: Donor | None = None) -> dict[str, str]:
         """Donor tensor name by base tensor name, for every targeted tensor.
@@ -93,7 +105,7 @@ class PatchMaker:
         """
         targets = self.targets(adapter_name)
         donor = self.donors[adapter_name] if donor is None else donor
-        if isinstance(donor, ModelView):
+        if isinstance(donor, RenamedCheckpoint):
             donor.require_plain(list(targets))
         prefix = getattr(self.model, "base_model_prefix", "")
         aliases: dict[str, list[str]] = {}
@@ -129,42 +141,25 @@ class PatchMaker:
         rule, targets = get_rule(config.selection), self.targets(adapter_name)
         base, names = self.base_tensors(targets), self.donor_names(adapter_name)
         sizes = {name: math.prod(whole_shape(layer.base_parameter(param))) for name, (layer, param) in targets.items()}
-        total = sum(sizes.values())
-        progress = total >= MANY_ENTRIES if progress is None else progress
-        largest = 0.0
-
-        def scored() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal largest
-            for name, before, after in stream(base, donor, names, progress=progress):
-                delta = after.to(before.device).float() - before.float()
-                largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
-                evidence = None if measured is None else measured[name]
-                yield name, rule.score(Evidence(name, before, delta, evidence, config.seed))
-
-        budget: dict[str, Any] = {"density": config.density, "num_params": config.num_params}
-        trained = rule.needs == "training"
-        if trained:
-            count = resolve_budget(total, **budget)
-            factor = config.candidates if config.selection == "learned" else 1
-            if config.scope == "tensor":
-                chosen = select(scored(), sizes, density=min(1.0, config.density * factor), scope="tensor")
-                state.budget = {name: round(config.density * sizes[name]) for name in chosen}
-                if not any(state.budget.values()):
-                    raise no_entry_in_any_tensor(config.density)
-            else:
-                state.budget = count
-                pool = TopK(min(total, round(factor * count)))
-                for name, scores in scored():
-                    pool.add(name, scores)
-                chosen = pool.result()
-        else:
-            chosen = select(scored(), sizes, **budget, scope=config.scope, granularity=config.granularity)
-        if largest == 0:
-            raise nothing_to_graft(donor, total)
-        self._install(adapter_name, targets, chosen, names, base, trained and config.selection == "learned")
-        config.eligible = total
-        config.entries = _count(state.budget) if trained else sum(index.numel() for index in chosen.values())
-        state.ready = config.alpha != "auto" and config.selection != "sigmoid"
+        progress = sum(sizes.values()) >= MANY_ENTRIES if progress is None else progress
+        trained = rule.kind == "trained"
+        selector = Selector(
+            PairedTensors(base, donor, names, sizes, show_progress_bar=progress),
+            rule,
+            Budget(config.density, config.num_params, config.scope, config.granularity),
+            measured=measured,
+            seed=config.seed,
+            candidate_ratio=config.candidates if trained else 1.0,
+        )
+        chosen = selector.indices()
+        if not selector.differs:
+            raise nothing_to_graft(donor, selector.eligible)
+        if rule.trains_mask:
+            state.budget = selector.budget_of(chosen)
+        self._install(adapter_name, targets, chosen, names, base, trained)
+        config.eligible = selector.eligible
+        config.entries = _count(state.budget) if rule.trains_mask else sum(index.numel() for index in chosen.values())
+        state.ready = config.alpha != "auto" and rule.kind != "procedure"
 
     def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
         """Make the patch from a mask that is already known.

@@ -121,8 +121,9 @@ class GraftConfig(PeftConfig):
         for what in ("target_parameters", "modules_to_save"):
             if isinstance(getattr(self, what), str):
                 yield problem(what, "a list of names", "Put the name into brackets.")
-        if self.selection not in RULES and not self.is_pretrained:  # who loads a patch need not know its rule
-            yield problem("selection", f"one of {sorted(RULES)}", "Choose a rule of the table.")
+        rule = RULES.get(self.selection)
+        if rule is None and not self.is_pretrained:  # who loads a patch need not know its rule
+            yield problem("selection", f"one of {sorted(RULES)}", "Add your own with register_rule.")
         if self.scope not in _SCOPES:
             yield problem("scope", f"one of {list(_SCOPES)}", "Use 'global' for one exact budget.")
         if self.granularity not in _GRANULARITIES:
@@ -134,12 +135,14 @@ class GraftConfig(PeftConfig):
             yield problem("alpha", "a finite number, numbers by tensor name, or 'auto'", "1 grafts the donor's values.")
         if self.alpha_scope not in _SCOPES:
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
-        if self.selection in ("learned", "sigmoid") and self.granularity != "entry":
+        if rule is not None and rule.trains_mask and self.granularity != "entry":
             yield problem("granularity", f"'entry' with selection={self.selection!r}", "Only entries are trained.")
         if self.scope == "tensor" and (self.num_params is not None or self.granularity != "entry"):
             yield problem("scope", "'global' with num_params or a coarser granularity", "Or give a density of entries.")
-        if self.scope == "tensor" and self.selection == "sigmoid":
-            yield problem("scope", "'global' with selection='sigmoid'", "The published procedure has one budget.")
+        if self.scope == "tensor" and rule is not None and rule.kind == "procedure":
+            yield problem(
+                "scope", f"'global' with selection={self.selection!r}", "The published procedure has one budget."
+            )
         if not _is_integer(self.seed):
             yield problem("seed", "an integer", "Use 0.")
 
@@ -152,8 +155,7 @@ class GraftConfig(PeftConfig):
     def needs_data(self) -> bool:
         """Whether `initialize_graft` must see data before the graft is complete."""
         rule = RULES.get(self.selection)
-        waits = rule is not None and (rule.name == "sigmoid" or rule.needs not in ("weights", "training"))
-        return waits or self.alpha == "auto"
+        return (rule is not None and rule.needs_data) or self.alpha == "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON-able dictionary; a donor in memory becomes its name."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoints.donor import MAX_LISTED
 from ..peft_compat.torch_names import version_of
-from ..selection.rules import SelectionError, top_k_mask
+from ..selection.topk import SelectionError, top_k_mask
 from .backends import collectives
 from .backends.sharded import copy_into, is_partitionable, is_sharded, whole, whole_shape
 

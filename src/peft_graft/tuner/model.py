@@ -18,7 +18,7 @@ from ..checkpoints.pairing import Donor, DonorError
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
 from ..peft_compat.peft_names import get_submodules
-from ..selection.rules import resolve_budget
+from ..selection.budget import resolve_budget
 from .apply.forward import applied
 from .apply.per_row import rows_of
 from .backends.offloaded import identity, own_names, require_memory

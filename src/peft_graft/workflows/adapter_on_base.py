@@ -23,7 +23,7 @@ from transformers import (
 from ..adapter_files.hub_names import CONFIG_FILE
 from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..checkpoints.donor import Extent
-from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
+from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
 from ..patch.patch import Fingerprint, Patch, PatchError
@@ -104,7 +104,7 @@ class AdapterOnBase:
         self.base, self.base_revision = os.fspath(base), base_revision
         files = _open_base(base, base_revision, is_given, token)
         self.model = self.build_model()
-        self.view = ModelView(files, self.model)
+        self.view = RenamedCheckpoint(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._names = self._resolve_names()
         self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..checkpoints.block_reader import Pairs
+from ..checkpoints.block_reader import PairedReader
 from ..checkpoints.donor import FLOAT_DTYPES
-from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
-from ..selection.rules import unit_of
-from ..selection.streaming import bits_differ
+from ..checkpoints.pairing import CheckpointDonor, DonorError, bits_differ, resolve_names
+from ..selection.budget import unit_of
 
 
 @dataclass
@@ -171,18 +170,20 @@ def diff(
             f"donor must have tensors in common with the base, got none in {theirs.name!r} and {ours.name!r}. "
             "Compare two checkpoints of one architecture."
         )
-    pairs = Pairs({name: [ours.extent(name)] for name in names}, {name: [theirs.extent(names[name])] for name in names})
+    pairs = PairedReader(
+        {name: [ours.extent(name)] for name in names}, {name: [theirs.extent(names[name])] for name in names}
+    )
     result.tensors = _measure_all(pairs, sorted(names, key=_natural), show_progress_bar)
     return result
 
 
-def _measure_all(pairs: Pairs, names: list[str], show_progress_bar: bool) -> list[Distance]:
+def _measure_all(pairs: PairedReader, names: list[str], show_progress_bar: bool) -> list[Distance]:
     found = {name: Distance(name) for name in names}
     disable = not show_progress_bar
     with tqdm(total=sum(pairs.nbytes), unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
-        pairs.progress = bar.update
-        for where, distance in pairs.map(lambda piece: _measure(piece.base, piece.donor)):
-            found[where.name].add(distance)
+        pairs.on_read = bar.update
+        for span, distance in pairs.map(lambda block: _measure(block.base, block.donor)):
+            found[span.name].add(distance)
     return list(found.values())
 
 

@@ -18,8 +18,8 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from ..checkpoints.block_reader import MOST_WORKERS, Pairs, in_order, pool_of
-from ..checkpoints.name_mapping import ModelView, build_skeleton, read_config
+from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
+from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
@@ -32,8 +32,9 @@ from ..checkpoints.pairing import (
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..peft_compat.transformers_names import modeling_auto
+from ..selection.budget import Budget
 from ..selection.rules import SelectionError, get_rule
-from ..selection.streaming import Sieve, Taken
+from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
 
 _ADAPTER = "default"
@@ -179,7 +180,7 @@ def _require_no_data(config: GraftConfig, exact: bool) -> None:
                 f"exact must come without a budget and with alpha 1, got density={config.density!r}, "
                 f"num_params={config.num_params!r} and alpha={config.alpha!r}. It takes every entry that differs."
             )
-    elif get_rule(config.selection).needs != "weights" or config.alpha == "auto":
+    elif get_rule(config.selection).kind != "data_free" or config.alpha == "auto":
         raise SelectionError(
             f"selection must need no data here, got {config.selection!r} with alpha={config.alpha!r}. Use 'magnitude' "
             "and a number, or load the base and call peft_graft.initialize_graft(model, dataloader)."
@@ -191,7 +192,7 @@ class _Opened(NamedTuple):
 
     peft_model: PeftModel
     donor: Donor
-    pairs: Pairs
+    pairs: PairedReader
 
 
 def _open(
@@ -202,19 +203,21 @@ def _open(
     is_zeros = config.donor == ZerosDonor.name
     like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
     model = build_skeleton(base, base_revision, like, token=token)
-    base_view = ModelView(base_files, model)
+    base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
     config.fingerprint = {}  # marks the adapter as a saved one, so that no patch is made now
     peft_model = get_peft_model(model, config, revision=base_revision)
     tuner: GraftModel = peft_model.base_model
     donor = tuner.open_donor(_ADAPTER, token)
-    donor_view = donor if isinstance(donor, ModelView) else None
+    donor_view = donor if isinstance(donor, RenamedCheckpoint) else None
     pairs = _pair_targets(tuner, base_view, donor_view)
     _fill_modules_to_save(tuner.model, base_view, donor_view)
     return _Opened(peft_model, donor, pairs)
 
 
-def _pair_targets(tuner: GraftModel, base_view: ModelView, donor_view: ModelView | None) -> Pairs:
+def _pair_targets(
+    tuner: GraftModel, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint | None
+) -> PairedReader:
     """Return a reader of the targeted tensors in both checkpoints."""
     targets = tuner.targets(_ADAPTER)
     extents = []
@@ -223,10 +226,10 @@ def _pair_targets(tuner: GraftModel, base_view: ModelView, donor_view: ModelView
             names = tuner.donor_names(_ADAPTER, view)
             extents.append({name: view.extents(names[name]) for name in targets})
     dtypes = {name: layer.base_parameter(param).dtype for name, (layer, param) in targets.items()}
-    return Pairs(extents[0], extents[1] if donor_view is not None else None, dtypes)
+    return PairedReader(extents[0], extents[1] if donor_view is not None else None, dtypes)
 
 
-def _fill_modules_to_save(model: nn.Module, base_view: ModelView, donor_view: ModelView | None) -> None:
+def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint | None) -> None:
     """Give the modules to save the donor's values, or the base's if the donor lacks them."""
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or _ADAPTER not in module.modules_to_save:
@@ -247,34 +250,31 @@ def _fill_modules_to_save(model: nn.Module, base_view: ModelView, donor_view: Mo
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:
     """Select the entries and write the adapter."""
     pairs = opened.pairs
-    sieve = Sieve(
+    selector = Selector(
         pairs,
         None if exact else get_rule(config.selection),
-        density=config.density,
-        num_params=config.num_params,
-        scope=config.scope,
-        granularity=config.granularity,
+        Budget(config.density, config.num_params, config.scope, config.granularity),
         seed=config.seed,
     )
     # The configuration is put in place last: until then, the old one refuses the new tensors.
     with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
-        total, disable = sum(pairs.nbytes) * sieve.passes, not show_progress_bar
+        total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
-            pairs.progress = bar.update
-            packed = _encode(sieve, _SpillFile(file))
-        if not (packed.entries if exact else sieve.differs):
-            raise nothing_to_graft(opened.donor, sieve.total)
-        _install(opened.peft_model, packed, sieve.total, exact)
+            pairs.on_read = bar.update
+            packed = _encode(selector, _SpillFile(file))
+        if not (packed.entries if exact else selector.differs):
+            raise nothing_to_graft(opened.donor, selector.eligible)
+        _install(opened.peft_model, packed, selector.eligible, exact)
         opened.peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     donor_nbytes = pairs.nbytes[1]
     if exact and 0 < donor_nbytes <= nbytes:
         warnings.warn(
             f"patch should be smaller than the donor, got {nbytes:,} bytes, where the donor has {donor_nbytes:,} "
-            f"({packed.entries:,} of {sieve.total:,} entries differ). Keep the donor itself, or give a density.",
+            f"({packed.entries:,} of {selector.eligible:,} entries differ). Keep the donor itself, or give a density.",
             stacklevel=3,
         )
-    return ExtractResult(target, packed.entries, sieve.total, nbytes, donor_nbytes)
+    return ExtractResult(target, packed.entries, selector.eligible, nbytes, donor_nbytes)
 
 
 class _Slice(NamedTuple):
@@ -321,26 +321,27 @@ class _PackedPatch:
     entries: int
 
 
-def _encode(sieve: Sieve, spill: _SpillFile) -> _PackedPatch:
+def _encode(selector: Selector, spill: _SpillFile) -> _PackedPatch:
     """Encode the selected entries tensor by tensor, several tensors at a time."""
     tensors: dict[str, _Slice] = {}
     base_values: dict[str, _Slice] = {}
     entries = 0
-    workers = min(torch.get_num_threads(), MOST_WORKERS)
-    with pool_of(workers) as pool:
-        for taken, encoded in in_order(pool, _encode_one, sieve.taken(), 2 * workers, _count, _ENTRIES_IN_FLIGHT):
+    workers = min(torch.get_num_threads(), MAX_WORKERS)
+    with worker_pool(workers) as pool:
+        found = map_in_order(pool, _encode_one, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
+        for selected, encoded in found:
             tensors |= {key: spill.put(tensor) for key, tensor in encoded.items()}
-            base_values[taken.name] = spill.put(taken.base)
-            entries += taken.indices.numel()
+            base_values[selected.name] = spill.put(selected.base)
+            entries += selected.indices.numel()
     return _PackedPatch(spill.map_all(tensors), spill.map_all(base_values), entries)
 
 
-def _count(taken: Taken) -> int:
-    return taken.indices.numel()
+def _count(selected: Selected) -> int:
+    return selected.indices.numel()
 
 
-def _encode_one(taken: Taken) -> tuple[Taken, dict[str, torch.Tensor]]:
-    return taken, Patch({taken.name: TensorPatch(taken.indices, taken.donor)}).to_tensors()
+def _encode_one(selected: Selected) -> tuple[Selected, dict[str, torch.Tensor]]:
+    return selected, Patch({selected.name: TensorPatch(selected.indices, selected.donor)}).to_tensors()
 
 
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:

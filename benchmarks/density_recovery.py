@@ -140,23 +140,27 @@ class Bench:
         if rule == "sigmoid":
             rows = self.train.select(range(self.args.sigmoid_rows))
             passes = batches(rows, self.tokenizer, 32)
-            initialize_graft(model, passes, calibration=self.held_out, steps=self.args.sigmoid_steps, progress=False)
+            initialize_graft(
+                model, passes, calibration=self.held_out, steps=self.args.sigmoid_steps, show_progress_bar=False
+            )
         elif get_rule(rule).kind == "scored":
             if self.measured is None:  # the scores do not depend on the density
                 rows = batches(self.train.select(range(self.args.score_rows)), self.tokenizer, 32)
                 tuner = model.base_model
-                self.measured = measure(model, tuner, "default", get_rule(rule).evidence, rows, progress=False)
+                self.measured = measure(
+                    model, tuner, "default", str(get_rule(rule).evidence), rows, show_progress_bar=False
+                )
                 self.score_seconds = time.perf_counter() - started
             else:
                 started -= self.score_seconds
-            model.base_model.make_patch("default", self.measured)
+            model.base_model.build_patch("default", self.measured)
             model.base_model.states["default"].ready = True
         seconds = time.perf_counter() - started
         if "1" in modes:
             self._record(model, rule, "1", density, seconds)
         if "auto" in modes:
             started = time.perf_counter()
-            fit_alpha(model, self.held_out, progress=False)
+            fit_alpha(model, self.held_out, show_progress_bar=False)
             self._record(model, rule, "auto", density, seconds + time.perf_counter() - started)
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         bench = Bench(directory, args)
         config = GraftConfig(donor=str(directory / "donor"), density=args.density, alpha="auto", task_type="SEQ_CLS")
         model = get_peft_model(bench.load("base"), config)
-        fit_alpha(model, bench.held_out, progress=False)
+        fit_alpha(model, bench.held_out, show_progress_bar=False)
         logits, labels = tasks.predict(model.eval(), bench.test, bench.tokenizer)
         chances = logits.double().softmax(-1)
         drawn = torch.multinomial(chances, args.draws, replacement=True, generator=generator)

@@ -42,7 +42,7 @@ import tasks
 from make_donor import DonorArguments, make_donor
 from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
 from peft_graft.analysis.metrics import Agreement
-from peft_graft.training.initialize import last_checkpoint
+from peft_graft.training.callbacks import GraftCallback, last_checkpoint
 from peft_graft.workflows.push import write_card
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -189,7 +189,7 @@ def fit(
             ddp_broadcast_buffers=False,  # the patch is the same on all of them
             dataloader_pin_memory=state.device.type != "cpu",
         )
-        callbacks = [AlphaCallback(held_out)] if config.alpha == "auto" else []
+        callbacks = [AlphaCallback(held_out) if config.alpha == "auto" else GraftCallback()]
         options = {"args": training_args, "train_dataset": train, "data_collator": tasks.collator(tokenizer)}
         trainer = Trainer(model, callbacks=callbacks, **options)
         resume = args.resume_from_checkpoint

@@ -50,13 +50,13 @@ def scores(out: Path) -> dict[str, Any]:
     for selection in ("taylor", "path_taylor", "fisher", "wanda", "sigmoid"):
         scope = "tensor" if selection == "taylor" else "global"
         model = learner(selection=selection, density=0.05, alpha="auto", alpha_scope=scope)
-        fit = initialize_graft(model, mine, calibration=mine, progress=False, steps=2)
+        fit = initialize_graft(model, mine, calibration=mine, show_progress_bar=False, steps=2)
         found[selection] = {"held": held(model), "alpha": fit.alpha, "loss": fit.loss}
     model = learner(selection="wanda", density=0.05)
-    initialize_graft(model, rows if state.is_main_process else [], progress=False)
+    initialize_graft(model, rows if state.is_main_process else [], show_progress_bar=False)
     found["one_rank"] = held(model)
     other = learner(selection="fisher", density=0.05 + 0.01 * state.process_index)
-    found["refused"] = [said(lambda: initialize_graft(other, mine, progress=False))]
+    found["refused"] = [said(lambda: initialize_graft(other, mine, show_progress_bar=False))]
     return found
 
 
@@ -135,7 +135,7 @@ def kinds(out: Path) -> dict[str, Any]:
                 optimizer.zero_grad()
         plain = accelerator.unwrap_model(model)
         sharded = sum(is_sharded(parameter) for parameter in plain.parameters())
-        fit = fit_alpha(model, halves, scope="tensor", progress=False)
+        fit = fit_alpha(model, halves, scope="tensor", show_progress_bar=False)
         plain.save_pretrained(out / name, is_main_process=accelerator.is_main_process)
         found[name] = {"alpha": fit.alpha, "loss": fit.loss, "sharded": sharded}
         AcceleratorState._reset_state()
@@ -168,7 +168,10 @@ def partitioned(out: Path) -> dict[str, Any]:
     return {
         "held": [held(model), held(loaded)],
         "sharded": sum(is_sharded(parameter) for parameter in model.parameters()),
-        "refused": [said(model.merge_adapter), said(lambda: initialize_graft(scored, [inputs(base)], progress=False))],
+        "refused": [
+            said(model.merge_adapter),
+            said(lambda: initialize_graft(scored, [inputs(base)], show_progress_bar=False)),
+        ],
     }
 
 
@@ -204,8 +207,8 @@ def refused(model: Any) -> list[str]:
 
     return [
         said(model.merge_adapter),
-        said(lambda: initialize_graft(scored, [Rows(2).batch], progress=False)),
-        said(lambda: fit_alpha(model, uneven, progress=False)),
+        said(lambda: initialize_graft(scored, [Rows(2).batch], show_progress_bar=False)),
+        said(lambda: fit_alpha(model, uneven, show_progress_bar=False)),
         said(save_while_training),
     ]
 

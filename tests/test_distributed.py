@@ -21,8 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import on_ranks
 from learning import learner, trainer
-from peft_graft.training.initialize import last_checkpoint
-from peft_graft.tuner.trainer import COMPLETE
+from peft_graft.training.callbacks import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -192,17 +191,6 @@ def test_one_process_goes_on_where_two_were(together: Path) -> None:
     run = trainer(learner(density=0.05, alpha="auto"), together / "on", steps=6)
     run.train(resume_from_checkpoint=checkpoint)
     assert run.state.global_step == 6
-
-
-def test_only_complete_checkpoints_are_resumed(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path / "none") is None
-    for step in (2, 10, 9, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 12:
-            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-best" / COMPLETE).touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 # Every engine, with the files of examples/configs

@@ -124,7 +124,7 @@ def test_a_data_driven_graft_is_made_saved_and_loaded(task: str, selection: str,
     config = GraftConfig(donor=donor, num_params=40, selection=selection, alpha="auto", task_type=task_type)
     model = get_peft_model(copy.deepcopy(base), config)
     batches = [rows(task, 3, seed) for seed in range(4)]
-    fit = initialize_graft(model, batches, progress=False, **loss_of(task))
+    fit = initialize_graft(model, batches, show_progress_bar=False, **loss_of(task))
     assert sum(map(len, held(model).values())) == 40
     assert fit is not None and fit.loss <= fit.loss_at_one and model.peft_config["default"].alpha == fit.alpha
     assert not [name for name, p in model.named_parameters() if p.requires_grad]
@@ -169,7 +169,7 @@ def test_a_trainer_learns_a_mask(task: str, tmp_path: Path) -> None:
     base, donor, batch = make(), learned_donor(task), rows(task, 12, seed=0)
     config = GraftConfig(donor=donor, density=0.02, selection="learned", alpha="auto", task_type=task_type)
     model = get_peft_model(copy.deepcopy(base), config)
-    initialize_graft(model, [batch], progress=False, **loss_of(task))
+    initialize_graft(model, [batch], show_progress_bar=False, **loss_of(task))
     start = loss(task, model, batch)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=20, per_device_train_batch_size=6, learning_rate=0.02,
@@ -178,7 +178,7 @@ def test_a_trainer_learns_a_mask(task: str, tmp_path: Path) -> None:
     )  # fmt: skip
     options: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": Rows(batch)}
     (Trainer(**options) if loss_fn is None else LossTrainer(loss_fn, **options)).train()
-    fit_alpha(model, [batch], progress=False, **loss_of(task))
+    fit_alpha(model, [batch], show_progress_bar=False, **loss_of(task))
     wanted = loss(task, model, batch)
     assert wanted < start < loss(task, base, batch)
     model.save_pretrained(tmp_path / "skill")

@@ -8,7 +8,9 @@ from .patch.combinations import register_combination
 from .patch.patch import Patch, PatchError
 from .selection.rules import RULES, register_rule
 from .selection.topk import SelectionError
-from .training.initialize import AlphaCallback, fit_alpha, initialize_graft
+from .training.alpha import fit_alpha
+from .training.callbacks import AlphaCallback
+from .training.initialize import initialize_graft
 from .tuner import GraftConfig, GraftModel
 from .workflows.diff import diff
 from .workflows.export import export

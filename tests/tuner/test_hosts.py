@@ -114,7 +114,7 @@ def test_an_accelerate_loop_learns_a_mask(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    initialize_graft(model, loader, loss_fn=loss_fn, progress=False)
+    initialize_graft(model, loader, loss_fn=loss_fn, show_progress_bar=False)
     before = sum(loss_fn(model.eval(), batch).item() for batch in loader)
     model.train()
     for _ in range(10):

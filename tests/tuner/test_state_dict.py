@@ -320,7 +320,7 @@ def test_a_graft_that_waits_for_data_is_not_saved(options: dict[str, object], tm
     model = graft(base, perturbed(base), density=0.05, **options)
     with pytest.raises(ValueError, match=r"graft must be complete before it is saved.*initialize_graft"):
         model.save_pretrained(tmp_path)
-    initialize_graft(model, [inputs(base, seed=seed) for seed in range(4)], progress=False, steps=1)
+    initialize_graft(model, [inputs(base, seed=seed) for seed in range(4)], show_progress_bar=False, steps=1)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
     assert same_bits(output(loaded, inputs(base)), output(model, inputs(base)))

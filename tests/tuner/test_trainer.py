@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import debug_launcher
-from peft import PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
+from transformers.utils import PushToHubMixin
 
 from grafts import graft, held, output, same_bits
 from learning import BASE, DONOR, Rows, learner, trainer
-from models import inputs
+from models import inputs, perturbed, tiny_bert
 from peft_graft import AlphaCallback, GraftConfig, PatchError, fit_alpha
-from peft_graft.tuner.trainer import MaskCheckpoint
 
 
 def logits_of(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -128,16 +132,58 @@ def test_a_checkpoint_can_be_loaded_like_any_adapter_and_trained_on(scope: str, 
     assert kinds(tmp_path / "packed") == {"indices", "values"}
 
 
-def test_a_process_that_only_loads_a_checkpoint_writes_such_checkpoints_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trainer_of_a_loaded_checkpoint_writes_such_checkpoints_too(tmp_path: Path) -> None:
     trainer(learner(), tmp_path, steps=2).train()
-    defaults = [callback for callback in trainer_module.DEFAULT_CALLBACKS if callback is not MaskCheckpoint]
-    monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", defaults)
     loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "checkpoint-2", is_trainable=True)
-    assert trainer_module.DEFAULT_CALLBACKS.count(MaskCheckpoint) == 1
     trainer(loaded, tmp_path / "on", steps=2).train()
     assert "logits" in kinds(tmp_path / "on" / "checkpoint-2")
+
+
+def test_other_trainers_have_no_callback_of_a_graft(tmp_path: Path) -> None:
+    model = learner()
+    trainer(model, tmp_path / "graft", steps=2).train()
+    run = trainer(copy.deepcopy(BASE), tmp_path / "plain")
+    ours = [*trainer_module.DEFAULT_CALLBACKS, *map(type, run.callback_handler.callbacks)]
+    assert [one for one in ours if one.__module__.startswith("peft_graft")] == []
+
+
+class At(TrainerCallback):
+    """Do something at an event of a Trainer."""
+
+    def __init__(self, event: str, do: Callable[[], Any]) -> None:
+        setattr(self, event, lambda *args, **kwargs: do())
+
+
+@pytest.mark.parametrize(
+    ("event", "found"),
+    [("on_step_end", {"indices", "values", "logits", "alpha"}), ("on_train_end", {"indices", "values"})],
+)
+def test_what_callbacks_save_can_be_trained_on_until_the_training_ends(
+    event: str, found: set[str], tmp_path: Path
+) -> None:
+    model = learner()
+    callback = At(event, lambda: model.save_pretrained(tmp_path / "adapter"))
+    trainer(model, tmp_path, callbacks=[callback], save_strategy="no").train()
+    assert kinds(tmp_path / "adapter") == found
+
+
+def test_a_training_that_was_interrupted_leaves_no_trace(tmp_path: Path) -> None:
+    model = learner()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, callbacks=[At("on_step_end", interrupt)]).train()
+    model.save_pretrained(tmp_path / "adapter")
+    assert kinds(tmp_path / "adapter") == {"indices", "values"}
+
+
+def test_another_model_that_is_saved_meanwhile_is_packed(tmp_path: Path) -> None:
+    other = learner()
+    callback = At("on_step_end", lambda: other.save_pretrained(tmp_path / "other"))
+    trainer(learner(), tmp_path, callbacks=[callback], save_strategy="no").train()
+    assert kinds(tmp_path / "other") == {"indices", "values"}
 
 
 def test_training_cannot_resume_from_a_packed_patch(tmp_path: Path) -> None:
@@ -221,7 +267,7 @@ def test_without_a_fit_an_alpha_that_waits_still_waits_after_resuming(tmp_path: 
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(ValueError, match="graft must be complete before it is saved"):
         run.save_model(tmp_path / "final")
-    fit_alpha(model, [Rows(8).batch], progress=False)
+    fit_alpha(model, [Rows(8).batch], show_progress_bar=False)
     run.save_model(tmp_path / "final")
 
 
@@ -274,3 +320,83 @@ def test_two_processes_learn_the_same_mask(tmp_path: Path) -> None:
     run = trainer(resumed, tmp_path, steps=6)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert run.state.global_step == 6
+
+
+# Where a graft is published
+
+
+def base_in(directory: Path) -> str | None:
+    return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_classes_of_other_libraries_stay_as_they_are(tmp_path: Path) -> None:
+    before = [vars(PeftModel).get("create_or_update_model_card"), vars(PushToHubMixin)["_upload_modified_files"]]
+    graft(tiny_bert(), "zeros", density=0.1).save_pretrained(tmp_path)
+    assert [vars(PeftModel)["create_or_update_model_card"], vars(PushToHubMixin)["_upload_modified_files"]] == before
+    lora = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    lora.save_pretrained(tmp_path / "lora")
+    assert "create_or_update_model_card" not in vars(lora)
+    assert "peft-graft" not in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_copies_and_pickles_publish_themselves(tmp_path: Path) -> None:
+    model = graft(tiny_bert(), "zeros", density=0.1)
+    model.save_pretrained(tmp_path)
+    twin = copy.deepcopy(model)
+    assert twin.create_or_update_model_card.__self__ is twin
+    again = pickle.loads(pickle.dumps(model))
+    assert again.create_or_update_model_card.__self__ is again
+    again.save_pretrained(tmp_path / "again")
+    assert "## What it is" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.feature("model card of save_pretrained")
+def test_every_adapter_has_its_card(tmp_path: Path) -> None:
+    model = graft(tiny_bert(), "zeros", density=0.1)
+    model.add_adapter("other", GraftConfig(donor="zeros", density=0.2))
+    model.save_pretrained(tmp_path)
+    assert "| density | 0.1 |" in (tmp_path / "README.md").read_text()
+    assert "| density | 0.2 |" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_config_alone_writes_no_card(tmp_path: Path) -> None:
+    GraftConfig(donor="zeros", density=0.1).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_only_a_trainer_that_pushes_saves_public_names(tmp_path: Path) -> None:
+    base = copy.deepcopy(BASE)
+    base.name_or_path = str(tmp_path)
+    base.save_pretrained(tmp_path)
+    model = graft(base, DONOR, density=0.1, task_type="SEQ_CLS")
+    run = trainer(model, tmp_path / "run")
+    run.save_model(tmp_path / "here")
+    assert base_in(tmp_path / "here") == str(tmp_path)
+    run.hub_model_id = "me/skill"  # as Trainer(push_to_hub=True), and push_to_hub before it saves
+    with pytest.warns(UserWarning, match="published without the base's name"):
+        run.save_model(tmp_path / "there")
+    assert base_in(tmp_path / "there") is None
+    assert "for_hub" not in (tmp_path / "there" / "adapter_config.json").read_text()
+    model.save_pretrained(tmp_path / "later")
+    assert base_in(tmp_path / "later") == str(tmp_path)
+
+
+def test_a_trainer_s_card_becomes_ours_with_its_training_section(tmp_path: Path) -> None:
+    base = tiny_bert()
+    model = graft(base, perturbed(base), num_params=30, selection="learned", task_type="SEQ_CLS")
+    batch = inputs(base)
+    rows = [{key: value[row] for key, value in batch.items()} for row in range(3)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", dataloader_pin_memory=False
+    )
+    run = Trainer(model, arguments, train_dataset=rows)
+    run.train()
+    run.save_model()
+    run.create_model_card(tags=["mine"], dataset_tags="org/data", dataset="Data")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "## What it is" in card.text and "- learning_rate: 5e-05" in card.text
+    assert "More information needed" not in card.text
+    assert {"mine", "graft", "generated_from_trainer"} <= {*card.data.tags}
+    assert card.data.library_name == "peft" and card.data.datasets == ["org/data"]
+    model.save_pretrained(tmp_path)
+    assert "- learning_rate: 5e-05" in (tmp_path / "README.md").read_text()

@@ -154,7 +154,6 @@ def test_a_learned_mask_contributes_its_exact_mask() -> None:
         for logits in state.logits().values():
             logits.uniform_(-1, 1)
     model.train()
-    state.in_training = True  # as under a Trainer
     model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new", "mean")
     assert sum(map(len, held(model, "x").values())) == 3 * model.patch("x").num_params
     assert_same(merged(model, "new"), merged(model, "x", "y"))

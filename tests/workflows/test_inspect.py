@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from grafts import TASKS, graft
-from models import perturbed, tiny_bert, tiny_gpt2
+from learning import learner, trainer
+from models import perturbed, tiny_bert
 from peft_graft import GraftConfig, Patch, PatchError, inspect
 
 
@@ -63,12 +63,8 @@ def test_everything_goes_into_json(adapter: Path) -> None:
 
 
 def test_a_checkpoint_in_training_shows_its_logits(tmp_path: Path) -> None:
-    base = tiny_gpt2()
-    model = graft(base, perturbed(base), density=0.05, selection="learned", task_type=TASKS["gpt2"])
-    for state in model.base_model.states.values():
-        state.in_training = True
-    model.save_pretrained(tmp_path)
-    assert inspect(tmp_path).nbytes["training"] > 0
+    trainer(learner(), tmp_path, steps=2).train()
+    assert inspect(tmp_path / "checkpoint-2").nbytes["training"] > 0
 
 
 def test_what_is_no_graft_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""PatchMaker: read the donor tensor by tensor, take the budget, give every layer its entries."""
+"""PatchBuilder: read the donor tensor by tensor, take the budget, give every layer its entries."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
 from .mask import GraftStates
 from .modules_to_save import graft_heads
-from .trainer import register_with_trainer
 
 Target = tuple[GraftLayer, str]
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
 
 
-class PatchMaker:
+class PatchBuilder:
     """What a `GraftModel` does with its donors."""
 
     model: nn.Module
@@ -91,7 +90,7 @@ class PatchMaker:
         if rule.kind == "scored":
             self.states[adapter_name].waits_for_data = True
         else:
-            self.make_patch(adapter_name)
+            self.build_patch(adapter_name)
 
     def donor_names(self, adapter_name: str, donor: Donor | None = None) -> dict[str, str]:
         """Donor tensor name by base tensor name, for every targeted tensor.
@@ -119,18 +118,18 @@ class PatchMaker:
             aliases=aliases,
         )
 
-    def make_patch(
+    def build_patch(
         self,
         adapter_name: str = "default",
         measured: Mapping[str, torch.Tensor] | None = None,
-        progress: bool | None = None,
+        show_progress_bar: bool | None = None,
     ) -> None:
         """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
 
         Args:
             adapter_name: Name of the adapter.
             measured: What the rule needs from data, by tensor name, broadcastable to the tensor.
-            progress: Show a progress bar; None for one where there are many entries to read.
+            show_progress_bar: Show a progress bar; None for one where there are many entries to read.
 
         Raises:
             DonorError: The donor does not fit the base, or equals it.
@@ -141,10 +140,11 @@ class PatchMaker:
         rule, targets = get_rule(config.selection), self.targets(adapter_name)
         base, names = self.base_tensors(targets), self.donor_names(adapter_name)
         sizes = {name: math.prod(whole_shape(layer.base_parameter(param))) for name, (layer, param) in targets.items()}
-        progress = sum(sizes.values()) >= MANY_ENTRIES if progress is None else progress
+        if show_progress_bar is None:
+            show_progress_bar = sum(sizes.values()) >= MANY_ENTRIES
         trained = rule.kind == "trained"
         selector = Selector(
-            PairedTensors(base, donor, names, sizes, show_progress_bar=progress),
+            PairedTensors(base, donor, names, sizes, show_progress_bar=show_progress_bar),
             rule,
             Budget(config.density, config.num_params, config.scope, config.granularity),
             measured=measured,
@@ -192,8 +192,6 @@ class PatchMaker:
             name: after.reshape(-1)[chosen[name]]
             for name, _, after in stream(base, donor, {name: names[name] for name in chosen})
         }
-        if trained:
-            register_with_trainer()
         for name, index in chosen.items():
             layer, param = targets[name]
             logits = torch.ones(index.numel()) if trained else None

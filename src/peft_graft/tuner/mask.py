@@ -193,8 +193,6 @@ class GraftState:
         self.awaits_file = False  # whether the patch is still to come from a file
         self.ready = False  # whether the patch is complete, so that it may be saved or merged
         self.waits_for_data = False  # whether there is no patch yet, because its rule needs data
-        self.has_trainer = False  # whether a Trainer may load a checkpoint into it
-        self.in_training = False  # whether a checkpoint should keep the logits instead of packing the mask
         self.packed: dict[str, torch.Tensor] | None = None  # the tensors of the file, of a patch made without the model
         self._members: dict[str, tuple[Slot, str]] = {}
         self._base: dict[str, torch.Tensor] = {}

@@ -24,16 +24,16 @@ from .apply.per_row import rows_of
 from .backends.offloaded import identity, own_names, require_memory
 from .backends.quantized import find_backend, require_float
 from .backends.sharded import gather_with, is_partitionable
-from .build_patch import PatchMaker, Target
+from .build_patch import PatchBuilder, Target
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .mask import GraftState, GraftStates
 from .modules_to_save import copy_heads, name_heads
 from .parameter_hooks import CHILD_NAME, ParameterHooks
-from .publishing import keep_card, watch_trainers
 from .quantized_layer import GraftQuantizedLinear
 from .state_dict import pack, unpack
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
+from .trainer import is_for_hub, keep_card
 from .weighted import combine, read_patch
 
 
@@ -115,7 +115,6 @@ class GraftModel(PatchMaker, BaseTuner):
             DonorError: The donor does not fit the base.
             SelectionError: The budget is impossible.
         """
-        watch_trainers()
         require_memory(model)
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
@@ -417,6 +416,7 @@ class GraftModel(PatchMaker, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         keep_card(model)
+        config.for_hub = is_for_hub(model)
         return pack(model, config, adapter_name, state_dict)
 
     @classmethod

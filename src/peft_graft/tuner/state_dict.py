@@ -15,7 +15,7 @@ from .backends.sharded import GATHER, is_sharded, whole, whole_shape
 from .layer import GraftLayer
 from .mask import GraftState, Slot
 from .modules_to_save import require_whole_heads
-from .trainer import register_with_trainer
+from .trainer import is_trainer_checkpoint
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -115,16 +115,6 @@ def _only_shards() -> ValueError:
     return ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
 
 
-def _goes_on(state: GraftState) -> bool:
-    """Whether training is to go on from what is saved: a Trainer is at work, or is about to load what it has saved.
-
-    With shards a Trainer does both by way of `pack`, on every rank.
-    """
-    logits = state.logits()
-    fresh = state.settled_masks() is None and any(is_sharded(values) for values in logits.values())
-    return bool(logits) and (state.in_training or (state.has_trainer and fresh))
-
-
 def _taken(parts: Mapping[str, TensorPatch], masks: Mapping[str, torch.Tensor]) -> dict[str, TensorPatch]:
     taken = {name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()}
     return {name: part for name, part in {**parts, **taken}.items() if part.indices.numel()}
@@ -215,7 +205,7 @@ def pack(
     """
     places = _owners(model, adapter_name)
     state = _state(places, adapter_name)
-    goes_on = _goes_on(state)
+    goes_on = bool(state.logits()) and is_trainer_checkpoint(model)
     if not goes_on:
         state.require_ready("saved")
     root = _ROOT if any(place.key.startswith(_ROOT) for place in places.values()) else ""
@@ -292,7 +282,6 @@ def unpack(
         for kind, live in slot.tensors(param_key).items():
             result[place.live_key(adapter_name, kind)] = live.detach()
     if logits:
-        register_with_trainer()
         if config.scope == "tensor" and config.density is not None:
             sizes = {places[name].tensor_name: math.prod(shapes[name]) for name in logits}
             state.budget = {name: round(config.density * size) for name, size in sizes.items()}

@@ -1,100 +1,93 @@
-"""Checkpoints of mask training: a Trainer's keep the logits, so that it can resume; every other save packs the mask."""
+"""Recognize a Trainer that saves a grafted model, and keep card and names right where the model is published.
+
+transformers has no hook by which a model could learn that a Trainer is saving it, and a callback among its default ones
+would come with every Trainer of the process. A save therefore looks at the functions that it was called from: where
+`Trainer.train` of this very model is among them, the save is a checkpoint, which training must be able to go on from.
+Nothing is registered, no other Trainer is touched, and a training that an exception ended leaves nothing behind.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from transformers import TrainerCallback
+from huggingface_hub import ModelCard
+from torch import nn
 
-from ..peft_compat.transformers_names import PREFIX_CHECKPOINT_DIR, ExportableState, default_callbacks
-from .mask import GraftState
+from ..adapter_files.card import CARD_FILE, refresh_card
+from ..adapter_files.hub_names import strip_local_paths
+from ..adapter_files.summary import read_saved
 
-COMPLETE = "complete"  # a file that says that every rank has written its part of a checkpoint
-
-
-class MaskCheckpoint(TrainerCallback, ExportableState):
-    """Mark grafts as in training while a Trainer trains them, and checkpoints as complete.
-
-    Alpha goes into `trainer_state.json`: the engines' own checkpoints hold the logits, but no config.
-    """
-
-    def __init__(self) -> None:
-        self.alphas: dict[str, Any] = {}
-        self._grafts: dict[str, GraftState] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Alpha by adapter name, for the Trainer to keep."""
-        self.alphas = {name: graft.config.alpha for name, graft in self._grafts.items()}
-        return {"args": {}, "attributes": {"alphas": self.alphas}}
-
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Expect a training, which may begin with loading a checkpoint into shards."""
-        for graft in _grafts(model).values():
-            graft.has_trainer = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let checkpoints keep the logits; go on with the alpha of the one that is resumed."""
-        self._grafts = _grafts(model)
-        kept = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
-        for name, alpha in kept.get("attributes", {}).get("alphas", {}).items():
-            if name in self._grafts and alpha != "auto":
-                self._grafts[name].config.alpha = alpha
-                self._grafts[name].ready = True
-        self._mark(True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint that is about to be written over is not complete."""
-        if control.should_save and state.is_world_process_zero:
-            (_checkpoint(args, state) / COMPLETE).unlink(missing_ok=True)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait until every rank has written its part, then say so."""
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero and _checkpoint(args, state).is_dir():
-            (_checkpoint(args, state) / COMPLETE).touch()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let saves pack the mask again; every rank is here, so that later one can save it alone."""
-        self._mark(False)
-        for graft in self._grafts.values():
-            graft.settle()
-
-    def _mark(self, in_training: bool) -> None:
-        for graft in self._grafts.values():
-            graft.in_training = in_training
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Find where an interrupted mask training can go on: its last checkpoint that all ranks have finished writing.
+def _trainers(model: nn.Module) -> Iterator[tuple[Trainer, set[str]]]:
+    """Yield each Trainer of the model that has called this function, with the names of the functions in between."""
+    module = sys.modules.get("transformers.trainer")  # nobody has a Trainer who has not imported it
+    names: set[str] = set()
+    frame = inspect.currentframe() if module else None
+    while module and frame is not None:
+        names.add(frame.f_code.co_name)
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.Trainer) and any(part is model for part in caller.model.modules()):
+            yield caller, names
+        frame = frame.f_back
+
+
+def is_trainer_checkpoint(model: nn.Module) -> bool:
+    """Return whether a Trainer is saving the model in the midst of its training.
 
     Args:
-        output_dir: That of the `TrainingArguments`.
+        model: The model that is being saved.
 
     Returns:
-        A checkpoint's directory, for `Trainer.train(resume_from_checkpoint=...)`; None to begin at the beginning.
+        True inside of `Trainer.train`, up to the callbacks of its end, which see a finished model.
     """
-    written = [marker.parent for marker in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    steps = {int(step): path for path in written if (step := path.name.rpartition("-")[2]).isdigit()}
-    return str(steps[max(steps)]) if steps else None
+    return any(trainer.is_in_train and "on_train_end" not in names for trainer, names in _trainers(model))
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def is_for_hub(model: nn.Module) -> bool:
+    """Return whether a Trainer is saving the model into a directory that it uploads to the Hub.
+
+    Args:
+        model: The model that is being saved.
+
+    Returns:
+        True where a Trainer saves it that has a repository, because of `push_to_hub=True` or its method of this name.
+    """
+    return any(trainer.hub_model_id is not None for trainer, _ in _trainers(model))
 
 
-def _grafts(model: Any) -> dict[str, GraftState]:
-    found: dict[str, GraftState] = {}
-    for module in model.modules():
-        states = vars(module).get("states", {})
-        found |= {name: state for name, state in states.items() if isinstance(state, GraftState)}
-    return found
+def keep_card(model: nn.Module) -> None:
+    """Have a model complete its card wherever PEFT, transformers or a Trainer write another one over it.
+
+    `push_to_hub` saves into a temporary directory, puts a card of its own there, and uploads; a Trainer writes its own
+    card into its output directory and has `create_or_update_model_card` complete it. Neither has a hook, so the model
+    gets two methods on the instance: no class of another library is changed.
+    """
+    for method in (_upload_modified_files, create_or_update_model_card):
+        if hasattr(type(model), method.__name__):
+            setattr(model, method.__name__, types.MethodType(method, model))
 
 
-def register_with_trainer(callback: type[TrainerCallback] = MaskCheckpoint) -> None:
-    """Add a callback to those that every Trainer starts with, once."""
-    callbacks = default_callbacks()
-    if callback not in callbacks:
-        callbacks.append(callback)
+def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Complete the card that push_to_hub has put in place of the adapter's (a stock one, or the repository's own)."""
+    saved = read_saved(working_dir)
+    if saved is not None:
+        strip_local_paths(working_dir)
+        refresh_card(saved.copied_to(working_dir), repo_id=repo_id, tags=getattr(self, "model_tags", None) or ())
+    return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
+
+
+def create_or_update_model_card(self: Any, output_dir: str | os.PathLike[str]) -> None:
+    """Complete a card as PEFT does, but keep the tags that are there, which PEFT replaces."""
+    path = Path(output_dir) / CARD_FILE
+    tags = (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
+    type(self).create_or_update_model_card(self, output_dir)
+    refresh_card(output_dir, tags=tags)

@@ -11,7 +11,7 @@ from ..patch.combine import apply_alpha, conflicts, stitch, stitch_problems
 from ..patch.fingerprint import Fingerprint
 from ..patch.patch import Patch
 from .backends.quantized import require_float
-from .build_patch import PatchMaker
+from .build_patch import PatchBuilder
 from .config import GraftConfig
 from .modules_to_save import choose_heads
 from .parameter_hooks import ParameterHooks
@@ -20,7 +20,7 @@ from .state_dict import live_patch
 _ORIGIN = ("donor", "donor_revision", "selection", "alpha", "provenance")  # what is kept of the config of a source
 
 
-def read_patch(tuner: PatchMaker, adapter_name: str, with_alpha: bool) -> Patch:
+def read_patch(tuner: PatchBuilder, adapter_name: str, with_alpha: bool) -> Patch:
     """Read the patch of an adapter (see `GraftModel.patch`)."""
     if adapter_name not in tuner.peft_config:
         raise ValueError(
@@ -33,7 +33,7 @@ def read_patch(tuner: PatchMaker, adapter_name: str, with_alpha: bool) -> Patch:
 
 
 def combine(
-    tuner: PatchMaker,
+    tuner: PatchBuilder,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -102,7 +102,7 @@ def combine(
     return config, patch, heads
 
 
-def _config(tuner: PatchMaker, adapters: Sequence[str], patch: Patch) -> GraftConfig:
+def _config(tuner: PatchBuilder, adapters: Sequence[str], patch: Patch) -> GraftConfig:
     """The config of a graft that needs no donor and targets what any of the adapters does."""
     first = tuner.peft_config[adapters[0]]
     targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
@@ -125,11 +125,11 @@ def _config(tuner: PatchMaker, adapters: Sequence[str], patch: Patch) -> GraftCo
     )
 
 
-def _alphas(tuner: PatchMaker, adapter_name: str, patch: Patch) -> dict[str, Any]:
+def _alphas(tuner: PatchBuilder, adapter_name: str, patch: Patch) -> dict[str, Any]:
     return {name: tuner.states[adapter_name].scale(name) for name in patch.tensors}
 
 
-def _base(tuner: PatchMaker, adapters: Sequence[str]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+def _base(tuner: PatchBuilder, adapters: Sequence[str]) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """Read the base's own entries, on the CPU, also while something is merged."""
     targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
 
@@ -140,7 +140,7 @@ def _base(tuner: PatchMaker, adapters: Sequence[str]) -> Callable[[str, torch.Te
     return read
 
 
-def _problems(tuner: PatchMaker, adapters: Sequence[str], adapter_name: str) -> Iterator[str]:
+def _problems(tuner: PatchBuilder, adapters: Sequence[str], adapter_name: str) -> Iterator[str]:
     loaded = sorted(tuner.peft_config)
     if not adapters:
         yield f"adapters must be at least one, got none. Loaded are {loaded}."

@@ -104,7 +104,7 @@ def test_gradients_of_offloaded_parameters_are_not_to_be_had(selection: str) -> 
     with pytest.raises(
         ValueError, match="base must not be offloaded to be scored, got 'model.layers.0.input_layernorm"
     ):
-        initialize_graft(model, [inputs(tiny_llama(), seed=seed) for seed in range(2)], progress=False)
+        initialize_graft(model, [inputs(tiny_llama(), seed=seed) for seed in range(2)], show_progress_bar=False)
 
 
 @pytest.mark.feature("a base offloaded to disk", "no: reading it for every forward, and no merge would last")

@@ -1,4 +1,4 @@
-"""What the processes of one run agree on: sums and extremes over all of them. A lone process agrees with itself."""
+"""Sums and extremes over the processes of one run. For a process that runs alone they are its own values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
 
-def count() -> int:
-    """Number of processes that share this run: those that a launcher (accelerate, torchrun) has started together."""
+def join() -> None:
+    """Join the process group that a launcher (accelerate, torchrun) has prepared, if there is one.
+
+    Called where work on several ranks begins, and nowhere else: joining waits for all the other processes.
+    """
     launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and not joined():
-        _state()  # joins the group that the launcher has prepared
-    return distributed.get_world_size() if joined() else 1
+        _state()
 
 
 def joined() -> bool:
-    """Whether this process has joined a group; one rank alone is a group too."""
+    """Return whether this process is in a process group; one rank alone is a group too."""
     return distributed.is_available() and distributed.is_initialized()
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over all ranks.
+def world_size() -> int:
+    """Return the number of processes in the process group, 1 outside of one."""
+    return distributed.get_world_size() if joined() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks.
 
     Args:
         tensor: Of the same shape and dtype on every rank. It may be overwritten.
@@ -33,11 +40,11 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         The sum, on the same device and with the same bits on every rank.
     """
-    return _reduced(tensor, distributed.ReduceOp.SUM) if count() > 1 else tensor
+    return _all_reduce(tensor, distributed.ReduceOp.SUM) if world_size() > 1 else tensor
 
 
-def extremes(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Smallest and largest of each number over all ranks.
+def all_reduce_min_max(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Find the smallest and the largest of each number over all ranks.
 
     Args:
         numbers: As many on every rank, each within 64 bits.
@@ -45,9 +52,9 @@ def extremes(numbers: Sequence[int]) -> list[tuple[int, int]]:
     Returns:
         (smallest, largest) of each.
     """
-    if count() == 1:
+    if world_size() == 1:
         return [(number, number) for number in numbers]
-    both = _reduced(torch.tensor([*numbers, *(-number for number in numbers)]), distributed.ReduceOp.MAX).tolist()
+    both = _all_reduce(torch.tensor([*numbers, *(-number for number in numbers)]), distributed.ReduceOp.MAX).tolist()
     largest, smallest = both[: len(numbers)], both[len(numbers) :]
     return [(-low, high) for low, high in zip(smallest, largest, strict=True)]
 
@@ -57,7 +64,7 @@ def _state() -> PartialState:
     return PartialState(cpu=on_cpu)  # which has no effect after the first time
 
 
-def _reduced(tensor: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
+def _all_reduce(tensor: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
     # NCCL and its like reduce what is on their own devices only; a model may still be on the CPU.
     on_cpu = tensor.device.type == "cpu" and distributed.get_backend() not in ("gloo", "mpi")
     there = tensor.to(_state().device) if on_cpu else tensor.contiguous()

@@ -13,8 +13,8 @@ from torch import distributed, nn
 from ...peft_compat.deepspeed_names import partition_of
 
 GATHER = (
-    "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; after Trainer.train(), or a "
-    "forward without gradients, the mask is known and it is not needed."
+    "Save with state_dict=accelerator.get_state_dict(model), which every rank calls; it is not needed "
+    "after a forward without gradients, or a Trainer with a GraftCallback, because the mask is known then."
 )
 UNGATHERED = "Run the model as the engine returned it, so that it gathers them."
 

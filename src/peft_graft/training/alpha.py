@@ -1,0 +1,228 @@
+"""Fit the scale of a patch by the loss on calibration data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel, send_to_device
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from ..tuner import GraftModel
+from ..tuner.backends import collectives
+from ..tuner.backends.sharded import is_sharded
+from .loss import LossFn, batch_size, default_loss, evaluating, mean_loss
+
+_STEP = math.log(3.0)
+_LIMIT = math.log(1e5)
+_REFINEMENTS = 4
+_TENSOR_STEPS = 15
+
+
+@dataclass(frozen=True)
+class AlphaFit:
+    """Result of `fit_alpha`.
+
+    Args:
+        alpha: The scale, or one per tensor name.
+        loss: Calibration loss there.
+        loss_at_one: Calibration loss at alpha = 1; never below `loss`.
+        passes: Forward passes over the calibration data (one with a backward pass counts three).
+    """
+
+    alpha: float | dict[str, float]
+    loss: float
+    loss_at_one: float
+    passes: int
+
+
+def find_tuner(model: nn.Module) -> GraftModel:
+    """Find the graft model inside a PeftModel (or a wrapper around one).
+
+    Raises:
+        ValueError: There is none.
+    """
+    for module in model.modules():
+        if isinstance(module, GraftModel):
+            return module
+    raise ValueError(
+        f"model must contain a graft, got {type(model).__name__}. Wrap it with get_peft_model(base, GraftConfig(...))."
+    )
+
+
+def require_in_use(tuner: GraftModel, adapter_name: str) -> None:
+    """Refuse to look at the loss of a model that would not show the adapter, or not the base.
+
+    Raises:
+        ValueError: The adapter is not active, or something is merged.
+    """
+    if adapter_name not in tuner.active_adapters:
+        raise ValueError(
+            f"adapter_name must be an active adapter, got {adapter_name!r} while {tuner.active_adapters} are active. "
+            f"Call model.set_adapter({adapter_name!r}) first."
+        )
+    if any(layer.merged for layer in tuner._layers()):
+        raise ValueError("model must be unmerged, got a merged one. Call model.unmerge_adapter() first.")
+
+
+def fit_alpha(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    loss_fn: LossFn = default_loss,
+    scope: str | None = None,
+    show_progress_bar: bool = True,
+) -> AlphaFit:
+    """Fit the scale of a patch by the loss: argmin over alpha of L(base + alpha * mask * delta).
+
+    A bracket grows by factors of 3 from the present alpha in the direction in which the loss falls, and is refined by
+    golden sections of log(alpha); alpha = 1 is always tried too, so the calibration loss is never above its.
+    One per tensor is found by gradient steps on all log(alpha) from there.
+
+    Under a launcher every rank calls this, with its share of the batches or all the same, and gets the same fit.
+
+    Args:
+        model: A model with a complete mask.
+        dataloader: Calibration batches with labels: neither the mask's training data nor test data.
+        adapter_name: Name of the adapter; its config records the result.
+        loss_fn: Mean loss of a batch; default `model(**batch).loss`.
+        scope: `"global"` or `"tensor"`; default the config's `alpha_scope`.
+        show_progress_bar: Show a progress bar.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ValueError: No batches, an adapter that is merged or not active, or a loss that is not finite at alpha = 1;
+            ranks of a sharded model that have different numbers of batches.
+    """
+    collectives.join()
+    model = extract_model_from_parallel(model)
+    tuner = find_tuner(model)
+    config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
+    batches = list(dataloader)
+    _require_batches(model, batches)
+    require_in_use(tuner, adapter_name)
+    with evaluating(model), tqdm(desc="fitting alpha", unit="pass", disable=not show_progress_bar, leave=False) as bar:
+        try:
+            fit = _fit_one(model, tuner, adapter_name, batches, loss_fn, bar)
+            if (scope or config.alpha_scope) == "tensor":
+                fit = _fit_per_tensor(model, tuner, adapter_name, batches, loss_fn, fit, bar)
+        finally:
+            state.trial = None
+    config.alpha = fit.alpha
+    state.ready = True
+    state.settle()
+    return fit
+
+
+def _require_batches(model: nn.Module, batches: list[Any]) -> None:
+    """Refuse calibration data that some ranks lack."""
+    ((fewest, most),) = collectives.all_reduce_min_max([len(batches)])
+    if not most:
+        raise ValueError("dataloader must hold at least one batch, got none. Check the calibration dataset.")
+    if fewest != most and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"dataloader must hold as many batches on every rank of a sharded model, got {fewest} to {most}. "
+            "Give every rank all of them, or drop the last."
+        )
+
+
+def _fit_one(
+    model: nn.Module, tuner: GraftModel, adapter_name: str, batches: list[Any], loss_fn: LossFn, bar: tqdm
+) -> AlphaFit:
+    """Find the one best alpha for all tensors."""
+    state = tuner.states[adapter_name]
+
+    def loss_at(log_alpha: float) -> float:
+        state.trial = math.exp(log_alpha)
+        loss = mean_loss(model, batches, loss_fn)
+        bar.update()
+        bar.set_postfix(alpha=f"{state.trial:.3g}", loss=f"{loss:.4f}")
+        return loss if math.isfinite(loss) else math.inf
+
+    current = state.alpha if isinstance(state.alpha, int | float) and state.alpha > 0 else 1.0
+    seen = minimise(loss_at, math.log(current))
+    if not math.isfinite(seen[0.0]):
+        raise ValueError(f"loss must be finite at alpha = 1, got {seen[0.0]!r}. Check the calibration data.")
+    best = min(seen, key=lambda log_alpha: (seen[log_alpha], abs(log_alpha)))
+    return AlphaFit(math.exp(best), seen[best], seen[0.0], len(seen))
+
+
+def minimise(loss_at: Callable[[float], float], start: float = 0.0) -> dict[float, float]:
+    """Look for the minimum of a function of log(alpha) in about a dozen evaluations.
+
+    Args:
+        loss_at: The function; may return infinity.
+        start: Where to start the bracket.
+
+    Returns:
+        Every point seen, with its value; 0 is always among them.
+    """
+    seen: dict[float, float] = {}
+
+    def at(point: float) -> float:
+        if point not in seen:
+            seen[point] = loss_at(point)
+        return seen[point]
+
+    at(0.0)
+    direction = _STEP if at(start + _STEP) < at(start) else -_STEP
+    edge = max(start, start + direction)
+    while abs(edge) < _LIMIT and at(edge + direction) < at(edge):
+        edge += direction
+    centre = min(seen, key=lambda point: seen[point])
+    low, high = centre - _STEP, centre + _STEP
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    for _ in range(_REFINEMENTS):
+        if at(left) < at(right):
+            high, right = right, left
+            left = high - ratio * (high - low)
+        else:
+            low, left = left, right
+            right = low + ratio * (high - low)
+    return seen
+
+
+def _fit_per_tensor(
+    model: nn.Module,
+    tuner: GraftModel,
+    adapter_name: str,
+    batches: list[Any],
+    loss_fn: LossFn,
+    start: AlphaFit,
+    bar: tqdm,
+) -> AlphaFit:
+    """Find one alpha for each tensor by steps of Adam on all log(alpha), from the best common one."""
+    state = tuner.states[adapter_name]
+    names = [
+        name
+        for name, (layer, param) in tuner.targets(adapter_name).items()
+        if layer.keys[param] in layer.slot(adapter_name).params
+    ]
+    device = next(model.parameters()).device
+    logs = torch.full((len(names),), math.log(float(start.alpha)), device=device, requires_grad=True)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam([logs], lr=0.1)
+    examples = int(collectives.all_reduce_sum(torch.tensor(sum(batch_size(batch) for batch in batches))))
+    best_loss, best = start.loss, logs.detach().clone()
+    for _ in range(_TENSOR_STEPS):
+        loss_sum, logs.grad = 0.0, torch.zeros_like(logs)
+        for batch in batches:
+            state.trial = dict(zip(names, logs.exp().unbind(), strict=True))
+            loss = loss_fn(model, send_to_device(batch, device)) * (batch_size(batch) / examples)
+            logs.grad += torch.autograd.grad(loss, logs)[0]  # and nobody else's: a head may train with the mask
+            loss_sum += float(loss.detach())
+        bar.update()
+        logs.grad = collectives.all_reduce_sum(logs.grad)
+        loss_sum = float(collectives.all_reduce_sum(torch.tensor(loss_sum, dtype=torch.float64)))
+        if loss_sum < best_loss:
+            best_loss, best = loss_sum, logs.detach().clone()
+        optimizer.step()
+    alphas = dict(zip(names, best.exp().tolist(), strict=True))
+    return AlphaFit(alphas, best_loss, start.loss_at_one, start.passes + 3 * _TENSOR_STEPS)

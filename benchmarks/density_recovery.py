@@ -114,7 +114,7 @@ class Bench:
     def _record(self, model: Any, rule: str, mode: str, density: float, seconds: float) -> None:
         config = model.peft_config["default"]
         logits, _ = tasks.predict(model.eval(), self.test, self.tokenizer)
-        self._write(rule, mode, density, config.entries, config.alpha, logits, seconds)
+        self._write(rule, mode, density, config.record.entries, config.alpha, logits, seconds)
 
     def point(self, rule: str, density: float, modes: list[str]) -> None:
         """Measure one rule at one density for each mode of alpha ("1", "auto") that has no row yet."""

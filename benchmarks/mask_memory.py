@@ -78,7 +78,8 @@ def measure(model: nn.Module, ids: torch.Tensor, device: str, optimize: bool) ->
 
 def graft(base: nn.Module, density: float) -> nn.Module:
     """Return a grafted copy with a mask to learn, without a reference to its donor."""
-    config = GraftConfig(donor=timing.donor_of(base), density=density / FACTOR, candidates=FACTOR, selection="learned")
+    donor = timing.donor_of(base)
+    config = GraftConfig(donor=donor, density=density / FACTOR, candidate_ratio=FACTOR, selection="learned")
     model = get_peft_model(copy.deepcopy(base), config)
     model.base_model.donors.clear()
     model.peft_config["default"].donor = config.donor = None

@@ -46,7 +46,7 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     donor = timing.donor_of(base)
     models = {"full": copy.deepcopy(base)}
     for density in args.candidates:
-        config = GraftConfig(donor=donor, density=density / FACTOR, candidates=FACTOR, selection="learned")
+        config = GraftConfig(donor=donor, density=density / FACTOR, candidate_ratio=FACTOR, selection="learned")
         models[f"graft {density:g}"] = get_peft_model(copy.deepcopy(base), config)
     linears = timing.LINEARS[shape]
     models["lora r=8"] = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=linears))

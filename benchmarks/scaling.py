@@ -84,7 +84,9 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     for width in WIDTHS:
         timing.start(args)
         base = one_layer(width)
-        config = GraftConfig(donor=timing.donor_of(base), density=CANDIDATES / 10, candidates=10, selection="learned")
+        config = GraftConfig(
+            donor=timing.donor_of(base), density=CANDIDATES / 10, candidate_ratio=10, selection="learned"
+        )
         graft = get_peft_model(copy.deepcopy(base), config)
         full = copy.deepcopy(base)
         full.get_input_embeddings().requires_grad_(False)

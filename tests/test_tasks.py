@@ -184,7 +184,7 @@ def test_a_trainer_learns_a_mask(task: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "skill")
     loaded = PeftModel.from_pretrained(make(), tmp_path / "skill")
     assert same_bits(loss(task, loaded, batch), wanted)
-    assert sum(map(len, held(loaded).values())) == model.peft_config["default"].entries
+    assert sum(map(len, held(loaded).values())) == model.peft_config["default"].record.entries
 
 
 @pytest.mark.filterwarnings("ignore:.*(deprecated|TorchScript):DeprecationWarning", "ignore:.*deprecated:FutureWarning")
@@ -213,7 +213,7 @@ def test_trl_trains_a_mask(way: str, tmp_path: Path) -> None:
     assert logits and all(not torch.equal(p, torch.ones_like(p)) for p in logits)
     trainer.save_model(str(tmp_path / "skill"))
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "skill")
-    count = trainer.model.peft_config["default"].entries
+    count = trainer.model.peft_config["default"].record.entries
     assert sum(map(len, held(loaded).values())) == count < sum(map(len, start.values()))
     with torch.no_grad():
         assert same_bits(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)

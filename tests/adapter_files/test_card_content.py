@@ -25,7 +25,7 @@ def test_saving_writes_our_card(tmp_path: Path) -> None:
     assert told["base"] == "[org/base](https://huggingface.co/org/base)"
     assert told["entries"] == f"{config['entries']:,} of {config['eligible']:,} eligible (5.0084%)"
     assert (told["alpha"], told["seed"], told["density"]) == ("2.5", "7", "0.05")
-    assert config["fingerprint"]["sha256"][:16] in told["fingerprint of the base"]
+    assert config["record"]["fingerprint"]["sha256"][:16] in told["fingerprint of the base"]
     sizes = [(tmp_path / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")]
     of_modules = "of which 204 for `modules_to_save`"
     assert told["bytes"] == f"{sizes[0]:,} for the tensors ({of_modules}), {sizes[1]:,} for the configuration"
@@ -110,7 +110,7 @@ def test_a_combined_graft_names_all_its_donors(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path, selected_adapters=["both"])
     told = facts((tmp_path / "both" / "README.md").read_text())["donor"]
-    count = model.peft_config["default"].entries
+    count = model.peft_config["default"].record.entries
     assert told.startswith(
         f"combined (`linear`): 1.0 x {count} entries, donor zeros (the entries become 0); 0.5 x {count}"
     )

@@ -157,7 +157,8 @@ def test_stitch_says_how_much_is_contested(pair: Path, capsys: pytest.CaptureFix
         run(capsys, f"extract base donor --output-dir {name} --density 0.5 --selection random --seed {seed}")
     code, out, _ = run(capsys, "stitch one other --weights 1 -0.5 --combination-type mean --output-dir both")
     counts = {
-        name: json.loads((pair / name / "adapter_config.json").read_text())["entries"] for name in ("one", "both")
+        name: json.loads((pair / name / "adapter_config.json").read_text())["record"]["entries"]
+        for name in ("one", "both")
     }
     contested = 2 * counts["one"] - counts["both"]
     assert code == 0 and out.startswith(f"both: {counts['both']:,} entries, ")

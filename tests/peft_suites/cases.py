@@ -133,7 +133,7 @@ CUSTOM: list[tuple[str, str, type[Graft], dict[str, Any]]] = [
         ("fixed MLP everything", "MLP", _fixed(target_modules="all", density=1.0)),
         ("fixed MLP zeros", "MLP", _fixed(target_modules=["lin0"], donor="zeros")),
         ("fixed MLP random", "MLP", _fixed(target_modules=["lin0"], selection="random")),
-        ("fixed MLP density per tensor", "MLP", _fixed(target_modules=["lin0", "lin1"], scope="tensor")),
+        ("fixed MLP density per tensor", "MLP", _fixed(target_modules=["lin0", "lin1"], budget_scope="tensor")),
         ("fixed MLP whole tensors", "MLP", _fixed(target_modules=["lin0", "lin1"], granularity="tensor")),
         ("fixed MLP alpha", "MLP", _fixed(target_modules=["lin0"], alpha=0.5)),
         ("fixed MLP excluded", "MLP", _fixed(target_modules=r"lin\d", exclude_modules=["lin1"])),
@@ -166,7 +166,7 @@ CUSTOM: list[tuple[str, str, type[Graft], dict[str, Any]]] = [
         ("learned MLP two modules", "MLP", {"target_modules": ["lin0", "lin1"]}),
         ("learned MLP default targets", "MLP", {}),
         ("learned MLP zeros", "MLP", {"target_modules": ["lin0"], "donor": "zeros"}),
-        ("learned MLP density per tensor", "MLP", {"target_modules": ["lin0", "lin1"], "scope": "tensor"}),
+        ("learned MLP density per tensor", "MLP", {"target_modules": ["lin0", "lin1"], "budget_scope": "tensor"}),
         ("learned MLP alpha", "MLP", {"target_modules": ["lin0"], "alpha": 0.5}),
         ("learned MLP excluded", "MLP", {"target_modules": r"lin\d", "exclude_modules": ["lin1"]}),
         ("learned MLP modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
@@ -208,11 +208,11 @@ def for_task(task_type: Any) -> list[Any]:
     options = {
         "fixed default": FIXED,
         "fixed everything": _fixed(target_modules="all"),
-        "fixed zeros": _fixed(donor="zeros", density=0.1, scope="tensor"),
+        "fixed zeros": _fixed(donor="zeros", density=0.1, budget_scope="tensor"),
         "fixed all-linear": _fixed(target_modules="all-linear", alpha=2.0),
         "learned default": {},
         "learned everything": {"target_modules": "all"},
-        "learned all-linear": {"target_modules": "all-linear", "scope": "tensor"},
+        "learned all-linear": {"target_modules": "all-linear", "budget_scope": "tensor"},
     }
     common: dict[str, Any] = {"task_type": task_type}
     if task_type == "FEATURE_EXTRACTION":

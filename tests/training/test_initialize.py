@@ -167,7 +167,7 @@ def test_scoring_leaves_the_base_as_it_was(family: str, selection: str) -> None:
     assert all(p.grad is None for p in model.parameters())
     assert not any(layer.disable_adapters for layer in model.base_model._layers())
     config = model.peft_config["default"]
-    assert config.entries == round(0.02 * config.eligible) == sum(map(len, held(model).values()))
+    assert config.record.entries == round(0.02 * config.record.eligible) == sum(map(len, held(model).values()))
     head = {name for name, _ in base.named_parameters() if "classifier" in name}
     plain = parameters(model.unload())
     assert_same(*({n: v for n, v in each.items() if n not in head} for each in (plain, parameters(base))))

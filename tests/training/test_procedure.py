@@ -66,6 +66,6 @@ def test_the_published_procedure_starts_at_magnitude_and_never_ends_worse() -> N
     initialize_graft(model, batches, calibration=validation, loss_fn=loss_of, show_progress_bar=False, steps=0)
     assert held(model) == held(start)
     initialize_graft(model, batches, calibration=validation, loss_fn=loss_of, show_progress_bar=False, steps=5)
-    assert sum(map(len, held(model).values())) == model.peft_config["default"].entries == 15
+    assert sum(map(len, held(model).values())) == model.peft_config["default"].record.entries == 15
     losses = [mean_loss(each.eval(), validation, loss_of) for each in (model, start)]
     assert losses[0] <= losses[1]

@@ -169,7 +169,7 @@ def test_a_mask_in_training_beside_another_adapter_is_as_in_evaluation(density: 
     base = MLP()
     one, two, _ = donors(base)
     model = graft(base, one, adapter_name="x", density=density)
-    model.add_adapter("y", GraftConfig(donor=two, density=0.2, selection="learned", candidates=4))
+    model.add_adapter("y", GraftConfig(donor=two, density=0.2, selection="learned", candidate_ratio=4))
     model.base_model.set_adapter(["x", "y"])
     with torch.no_grad():
         for value in model.base_model.states["y"].logits().values():

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig, PeftModel
 
-from grafts import graft, held
+from grafts import MLP, graft, held, output, same_bits
 from models import perturbed, tiny_bert
-from peft_graft import RULES, DonorError, GraftConfig
+from peft_graft import RULES, DonorError, GraftConfig, PatchError
 from peft_graft.checkpoints.pairing import ModuleDonor
 from peft_graft.selection.rules import Rule, magnitude
+from peft_graft.tuner.config import GraftRecord
 
 
 @pytest.mark.parametrize(
@@ -31,17 +34,23 @@ from peft_graft.selection.rules import Rule, magnitude
         ({"selection": "best"}, r"selection must be one of \['fisher'.*got 'best'"),
         ({"target_parameters": "a.weight"}, "target_parameters must be a list of names, got 'a.weight'"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
-        ({"scope": "layer"}, r"scope must be one of \['global', 'tensor'\], got 'layer'"),
-        ({"scope": "tensor", "num_params": 5}, "scope must be 'global' with num_params or a coarser granularity"),
+        ({"budget_scope": "layer"}, r"budget_scope must be one of \['global', 'tensor'\], got 'layer'"),
         (
-            {"scope": "tensor", "granularity": "layer"},
-            "scope must be 'global' with num_params or a coarser granularity",
+            {"budget_scope": "tensor", "num_params": 5},
+            "budget_scope must be 'global' with num_params or a coarser granularity",
         ),
-        ({"scope": "tensor", "selection": "sigmoid"}, "scope must be 'global' with selection='sigmoid', got 'tensor'"),
+        (
+            {"budget_scope": "tensor", "granularity": "layer"},
+            "budget_scope must be 'global' with num_params or a coarser granularity",
+        ),
+        (
+            {"budget_scope": "tensor", "selection": "sigmoid"},
+            "budget_scope must be 'global' with selection='sigmoid'",
+        ),
         ({"granularity": "row"}, r"granularity must be one of \['entry', 'tensor', 'layer'\], got 'row'"),
         ({"granularity": "layer", "selection": "learned"}, "granularity must be 'entry' with selection='learned'"),
         ({"granularity": "tensor", "selection": "sigmoid"}, "granularity must be 'entry' with selection='sigmoid'"),
-        ({"candidates": 0.5}, r"candidates must be a number >= 1, got 0\.5"),
+        ({"candidate_ratio": 0.5}, r"candidate_ratio must be a number >= 1, got 0\.5"),
         ({"alpha": "best"}, "alpha must be a finite number, numbers by tensor name, or 'auto', got 'best'"),
         ({"alpha": float("inf")}, "alpha must be a finite number"),
         ({"alpha": {"a": "b"}}, "alpha must be a finite number"),
@@ -56,8 +65,8 @@ def test_a_field_out_of_range_is_refused(options: dict[str, object], message: st
 
 
 def test_all_offenders_are_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"density .*candidates .*seed "):
-        GraftConfig(density=2, candidates=0, seed="x")
+    with pytest.raises(ValueError, match=r"density .*candidate_ratio .*seed "):
+        GraftConfig(density=2, candidate_ratio=0, seed="x")
 
 
 def test_the_type_is_graft() -> None:
@@ -82,7 +91,7 @@ def test_a_config_survives_saving(tmp_path: Path) -> None:
         target_modules=["query", "dense"],
         exclude_modules=["pooler"],
         layers_to_transform=[0, 1],
-        candidates=3,
+        candidate_ratio=3,
         seed=5,
     )
     config.save_pretrained(tmp_path)
@@ -135,3 +144,62 @@ def test_something_like_a_donor_is_refused_when_it_is_opened() -> None:
 def test_a_config_can_be_copied(how: object) -> None:
     config = GraftConfig(donor="zeros", density=0.1, target_modules=["a"])
     assert how(config) == config
+
+
+# Recorded results, and files of 0.1.0
+
+OLD = Path(__file__).parents[1] / "data" / "adapter_0_1_0"  # a grafted MLP, as peft-graft 0.1.0 has saved it
+
+
+def ramp(step: float) -> MLP:
+    """The base (step 0) and the donor (step 0.25) of this adapter: values that need no random numbers."""
+    model = MLP()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            values = (torch.arange(parameter.numel()).remainder(7) - 3) * 0.125 + number * step
+            parameter.copy_(values.view_as(parameter))
+    return model
+
+
+def test_an_adapter_of_0_1_0_is_read(tmp_path: Path) -> None:
+    loaded = PeftModel.from_pretrained(ramp(0.0), OLD)
+    config = loaded.peft_config["default"]
+    assert (config.budget_scope, config.candidate_ratio, config.alpha) == ("tensor", 4.0, 2.0)
+    assert (config.record.eligible, config.record.entries) == (63, 17) and config.is_pretrained
+    assert config.record.provenance["versions"]["peft-graft"] == "0.1.0"
+    made = graft(ramp(0.0), ramp(0.25), density=0.25, budget_scope="tensor", alpha=2.0)
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    assert held(loaded) == held(made) and same_bits(output(loaded, x), output(made, x))
+    with pytest.raises(PatchError, match="base"):
+        PeftModel.from_pretrained(ramp(1.0), OLD)
+    loaded.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["record"]["entries"] == 17 and not {"scope", "candidates", "entries"} & fields.keys()
+
+
+@pytest.mark.parametrize("read", [GraftConfig.from_pretrained, PeftConfig.from_pretrained], ids=["own", "peft"])
+def test_the_fields_of_0_1_0_are_read_as_those_of_today(read: Callable[[Path], GraftConfig], tmp_path: Path) -> None:
+    today = GraftConfig(density=0.1, budget_scope="tensor", candidate_ratio=3.0, record=GraftRecord(entries=5))
+    old = today.to_dict() | {"scope": "tensor", "candidates": 3.0, "peft_type": "GRAFT"} | today.to_dict()["record"]
+    for name in ("budget_scope", "candidate_ratio", "record"):
+        del old[name]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(old))
+    assert read(tmp_path) == today
+
+
+def test_the_old_names_are_no_arguments() -> None:
+    for name in ("scope", "candidates", "entries"):
+        with pytest.raises(TypeError, match=name):
+            GraftConfig(**{name: 1})
+
+
+def test_results_are_recorded_in_one_block() -> None:
+    config = GraftConfig(density=0.1)
+    assert config.record is None and not config.is_pretrained
+    config.note(eligible=10)
+    config.note(fingerprint={"count": 1})
+    assert config.record == GraftRecord(eligible=10, fingerprint={"count": 1}) and config.is_pretrained
+    again = GraftConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    later = config.to_dict() | {"record": config.to_dict()["record"] | {"a result of a later version": 1}}
+    assert GraftConfig(**later) == config

@@ -62,7 +62,7 @@ def test_a_graft_that_learns_nothing_has_nothing_to_train() -> None:
 @pytest.mark.feature("print_trainable_parameters")
 def test_the_number_of_trainable_parameters_is_that_of_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_bert()
-    model = graft(base, perturbed(base), num_params=10, candidates=3, selection="learned")
+    model = graft(base, perturbed(base), num_params=10, candidate_ratio=3, selection="learned")
     plain = sum(parameter.numel() for parameter in base.parameters())
     assert model.get_nb_trainable_parameters() == (30, plain + 30)
     model.print_trainable_parameters()

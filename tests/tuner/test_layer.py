@@ -239,7 +239,7 @@ def test_the_repr_says_how_many_entries_there_are() -> None:
 
 def test_nothing_of_size_zero_is_registered() -> None:
     base = tiny_bert()
-    model = graft(base, perturbed(base), num_params=3, selection="learned", candidates=1)
+    model = graft(base, perturbed(base), num_params=3, selection="learned", candidate_ratio=1)
     names = [name for name in model.state_dict() if "graft_patch" in name]
     assert len(names) <= 9
     assert all(value.numel() for value in model.state_dict().values())

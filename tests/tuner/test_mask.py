@@ -59,18 +59,18 @@ def hard(model: PeftModel, base: nn.Module, donor: nn.Module, alpha: float = 1.0
 def test_candidates_are_the_largest_deltas_and_the_first_mask_is_magnitude() -> None:
     base, batch = tiny_bert(), inputs(tiny_bert())
     donor = perturbed(base)
-    model = learned(base, donor, density=0.01, candidates=7)
-    wide = graft(base, donor, num_params=7 * model.peft_config["default"].entries)
+    model = learned(base, donor, density=0.01, candidate_ratio=7)
+    wide = graft(base, donor, num_params=7 * model.peft_config["default"].record.entries)
     assert held(model) == held(wide)
     assert same_bits(output(model, batch), output(graft(base, donor, density=0.01), batch))
 
 
 @pytest.mark.parametrize("candidates", [1, 1e9])
 def test_candidates_are_between_the_budget_and_everything(candidates: float) -> None:
-    model = learned(MLP(), num_params=8, density=None, candidates=candidates)
+    model = learned(MLP(), num_params=8, density=None, candidate_ratio=candidates)
     count = sum(map(len, held(model).values()))
-    assert count == (8 if candidates == 1 else model.peft_config["default"].eligible)
-    assert model.peft_config["default"].entries == 8
+    assert count == (8 if candidates == 1 else model.peft_config["default"].record.eligible)
+    assert model.peft_config["default"].record.entries == 8
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
@@ -80,7 +80,7 @@ def test_the_logits_are_all_that_trains(family: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} == {id(p) for p in logits_of(model).values()}
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    assert sum(p.numel() for p in trained.values()) == 10 * model.peft_config["default"].entries
+    assert sum(p.numel() for p in trained.values()) == 10 * model.peft_config["default"].record.entries
 
 
 @settings(max_examples=40, deadline=None)
@@ -89,7 +89,7 @@ def test_evaluation_takes_exactly_the_budget_by_logit_times_delta(data: st.DataO
     base = MLP()
     donor = perturbed(base, scale=0.3)
     budget_of = {"num_params": budget, "density": None} if scope == "global" else {"density": budget / 60}
-    model = learned(base, donor, candidates=4, scope=scope, **budget_of)
+    model = learned(base, donor, candidate_ratio=4, budget_scope=scope, **budget_of)
     logits, state = logits_of(model), model.base_model.states["default"]
     with torch.no_grad():
         for value in logits.values():
@@ -107,7 +107,7 @@ def test_evaluation_takes_exactly_the_budget_by_logit_times_delta(data: st.DataO
         sizes = {name: p.numel() for name, p in base.named_parameters()}
         wanted = {name: top_k_mask(weighed[name], round(budget / 60 * sizes[name])) for name in names}
     assert all(torch.equal(state.mask(name), wanted[name]) for name in names)
-    assert sum(int(mask.sum()) for mask in wanted.values()) == model.peft_config["default"].entries
+    assert sum(int(mask.sum()) for mask in wanted.values()) == model.peft_config["default"].record.entries
     assert same_bits(output(model, X), output(hard(model, base, donor), X))
 
 
@@ -156,7 +156,7 @@ def test_no_gradient_reaches_logits_that_do_not_train() -> None:
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_training_that_diverged_makes_no_mask(scope: str, tmp_path: Path) -> None:
-    model = learned(MLP(), scope=scope)
+    model = learned(MLP(), budget_scope=scope)
     logits_of(model)["second.weight"].data.fill_(float("nan"))
     for use in (lambda: model.train()(X), model.merge_adapter, lambda: model.save_pretrained(tmp_path)):
         with pytest.raises(SelectionError, match=r"mask logits must be finite, got NaN in \['second.weight'\]"):
@@ -189,7 +189,7 @@ def test_a_plain_loop_lowers_the_loss_and_leaves_the_base_alone(family: str) -> 
 @pytest.mark.parametrize("how", ["optimizer", "data", "load_state_dict", "copy"])
 def test_the_mask_follows_the_logits_however_they_change(how: str) -> None:
     base = MLP()
-    model = learned(base, density=0.2, candidates=3)
+    model = learned(base, density=0.2, candidate_ratio=3)
     before = output(model, X)
     flipped = {name: -value.detach() for name, value in model.state_dict().items() if name.endswith("_logits")}
     wanted = copy.deepcopy(model)

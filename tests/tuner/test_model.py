@@ -53,9 +53,9 @@ def test_a_patch_holds_the_largest_deltas_and_the_donors_bits(
     names = list(model.base_model.targets("default"))
     eligible = sum(before[name].numel() for name in names)
     config = model.peft_config["default"]
-    assert (config.eligible, config.entries) == (eligible, round(0.03 * eligible))
+    assert (config.record.eligible, config.record.entries) == (eligible, round(0.03 * eligible))
     chosen = held(model)
-    assert chosen == largest(base, donor, names, config.entries)
+    assert chosen == largest(base, donor, names, config.record.entries)
 
     patched = output(model, batch)
     assert not same_bits(patched, output(base, batch))
@@ -108,11 +108,11 @@ def test_the_count_is_exact(data: st.DataObject, density: float, scope: str) -> 
     count = round(density * sum(sizes.values())) if scope == "global" else sum(wanted.values())
     if count == 0 or round(density * sum(sizes.values())) == 0:
         with pytest.raises(SelectionError, match="density must give at least one entry"):
-            graft(base, donor, density=density, scope=scope)
+            graft(base, donor, density=density, budget_scope=scope)
         return
-    model = graft(base, donor, density=density, scope=scope)
+    model = graft(base, donor, density=density, budget_scope=scope)
     chosen = held(model)
-    assert model.peft_config["default"].entries == count == sum(map(len, chosen.values()))
+    assert model.peft_config["default"].record.entries == count == sum(map(len, chosen.values()))
     if scope == "tensor":
         assert {name: len(index) for name, index in chosen.items()} == {n: k for n, k in wanted.items() if k}
         one = [largest(base, donor, [name], k) for name, k in wanted.items() if k]
@@ -138,7 +138,7 @@ def test_coarse_grafts_take_whole_tensors_or_layers(granularity: str) -> None:
     budget = sum(sizes[name] for name in layer)
     model = graft(base, donor, num_params=budget, granularity=granularity)
     assert {name: len(index) for name, index in held(model).items()} == {name: sizes[name] for name in layer}
-    assert model.peft_config["default"].entries == budget
+    assert model.peft_config["default"].record.entries == budget
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,7 +179,7 @@ def test_a_zeros_donor_prunes_the_base() -> None:
     for parameter in zeros.parameters():
         nn.init.zeros_(parameter)
     chosen = held(model)
-    assert chosen == largest(base, zeros, names, round(0.5 * model.peft_config["default"].eligible))
+    assert chosen == largest(base, zeros, names, round(0.5 * model.peft_config["default"].record.eligible))
     merged = parameters(model.merge_and_unload())
     for name, index in chosen.items():
         assert same_bits(merged[name].view(-1)[index], torch.zeros(len(index)))
@@ -233,8 +233,8 @@ def test_one_config_serves_two_models(tmp_path: Path) -> None:
     first = get_peft_model(tiny_bert(), config)
     first.save_pretrained(tmp_path)
     second = get_peft_model(tiny_bert(seed=5), config)
-    assert (config.entries, config.target_modules, config.fingerprint) == (None, None, None)
-    entries = [model.peft_config["default"].entries for model in (first, second)]
+    assert (config.record, config.target_modules) == (None, None)
+    entries = [model.peft_config["default"].record.entries for model in (first, second)]
     assert entries == [sum(map(len, held(model).values())) for model in (first, second)] and all(entries)
     assert held(first) != held(second)
 
@@ -315,7 +315,7 @@ def test_an_impossible_budget_is_refused(options: dict[str, object], message: st
 def test_a_learned_budget_per_tensor_below_one_everywhere_is_refused() -> None:
     base = MLP()
     with pytest.raises(SelectionError, match="density must give at least one entry in some tensor, got 0.016"):
-        graft(base, perturbed(base), density=0.016, selection="learned", scope="tensor")
+        graft(base, perturbed(base), density=0.016, selection="learned", budget_scope="tensor")
 
 
 def test_a_donor_is_needed() -> None:

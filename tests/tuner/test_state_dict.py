@@ -103,8 +103,11 @@ def test_the_config_says_what_was_done(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "GRAFT" and config["donor"] == "BertForSequenceClassification"
     assert (config["selection"], config["seed"], config["density"], config["alpha"]) == ("random", 4, 0.05, 1.0)
-    assert config["entries"] == round(0.05 * config["eligible"])
-    assert config["fingerprint"]["count"] == config["entries"] and config["fingerprint"]["dtype"] == "float32"
+    assert config["record"]["entries"] == round(0.05 * config["record"]["eligible"])
+    assert (
+        config["record"]["fingerprint"]["count"] == config["record"]["entries"]
+        and config["record"]["fingerprint"]["dtype"] == "float32"
+    )
     assert config["inference_mode"] is True
 
 
@@ -124,7 +127,7 @@ def test_zeros_store_no_values(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "adapter_model.safetensors")
     values = [value for key, value in stored.items() if key.endswith("_values")]
     assert values and all(value.numel() == 0 for value in values)
-    assert sum(len(value) for value in values) == model.peft_config["default"].entries
+    assert sum(len(value) for value in values) == model.peft_config["default"].record.entries
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
     assert same_bits(output(loaded, inputs(base)), output(model, inputs(base)))
 
@@ -328,7 +331,7 @@ def test_a_graft_that_waits_for_data_is_not_saved(options: dict[str, object], tm
 
 def test_a_learned_mask_is_packed(tmp_path: Path) -> None:
     base = MLP()
-    model = graft(base, perturbed(base), num_params=5, selection="learned", candidates=4)
+    model = graft(base, perturbed(base), num_params=5, selection="learned", candidate_ratio=4)
     logits = model.base_model.states["default"].logits()
     assert sum(map(len, logits.values())) == 20
     with torch.no_grad():

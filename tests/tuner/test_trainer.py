@@ -54,7 +54,7 @@ def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> N
         assert kinds(tmp_path / name) == {"indices", "values"}
         loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / name)
         assert same_bits(output(loaded, Rows().batch), output(model, Rows().batch))
-        assert sum(map(len, held(loaded).values())) == model.peft_config["default"].entries
+        assert sum(map(len, held(loaded).values())) == model.peft_config["default"].record.entries
         assert not [p for p in loaded.parameters() if p.requires_grad]
 
 
@@ -63,10 +63,10 @@ def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> N
     "options",
     [
         {},
-        {"scope": "tensor", "density": 0.05},
+        {"budget_scope": "tensor", "density": 0.05},
         {"alpha": 7.0},
         {"task_type": None},
-        {"candidates": 3},
+        {"candidate_ratio": 3},
     ],
     ids=str,
 )
@@ -114,7 +114,7 @@ def test_a_resumed_run_keeps_the_alpha_that_was_fitted_on_the_way(scope: str, tm
 @pytest.mark.feature("is_trainable")
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_checkpoint_can_be_loaded_like_any_adapter_and_trained_on(scope: str, tmp_path: Path) -> None:
-    model = learner(scope=scope, density=0.05, alpha=3.0)
+    model = learner(budget_scope=scope, density=0.05, alpha=3.0)
     trainer(model, tmp_path, steps=2).train()
     loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "checkpoint-2", is_trainable=True)
     assert same_bits(output(loaded, Rows().batch), output(model, Rows().batch))

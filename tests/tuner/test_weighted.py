@@ -147,7 +147,7 @@ def test_donors_in_another_dtype_than_the_base(dtype: torch.dtype, alpha: float)
 def test_a_learned_mask_contributes_its_exact_mask() -> None:
     base = MLP()
     one, two, _ = donors(base)
-    model = graft(base, one, adapter_name="x", density=0.2, selection="learned", candidates=3)
+    model = graft(base, one, adapter_name="x", density=0.2, selection="learned", candidate_ratio=3)
     model.add_adapter("y", GraftConfig(donor=two, density=0.2))
     state = model.base_model.states["x"]
     with torch.no_grad():
@@ -201,16 +201,20 @@ def test_the_config_tells_where_it_comes_from(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert (saved["alpha"], saved["donor"], saved["density"], saved["selection"]) == (1.0, None, None, "magnitude")
-    assert saved["entries"] == model.patch("new").num_params
-    assert saved["eligible"] == sum(value.numel() for value in base.parameters())
-    first, second = saved["provenance"].pop("adapters")
+    assert saved["record"]["entries"] == model.patch("new").num_params
+    assert saved["record"]["eligible"] == sum(value.numel() for value in base.parameters())
+    first, second = saved["record"]["provenance"].pop("adapters")
     conflicts = len(set(flat(held(model, "x"))) & set(flat(held(model, "y"))))
-    assert saved["provenance"] == {"combination_type": "ties", "conflicts": conflicts, "modules_to_save_from": None}
+    assert saved["record"]["provenance"] == {
+        "combination_type": "ties",
+        "conflicts": conflicts,
+        "modules_to_save_from": None,
+    }
     assert (first["name"], first["weight"], first["alpha"], first["donor"]) == ("x", 1.0, 1.0, "MLP")
     assert (second["name"], second["weight"], second["alpha"]) == ("y", 0.5, 0.7)
-    assert first["entries"] == second["entries"] == round(0.5 * saved["eligible"])
+    assert first["entries"] == second["entries"] == round(0.5 * saved["record"]["eligible"])
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "new")
-    assert loaded.peft_config["default"].provenance == model.peft_config["new"].provenance
+    assert loaded.peft_config["default"].record.provenance == model.peft_config["new"].record.provenance
 
 
 def flat(found: dict[str, list[int]]) -> list[tuple[str, int]]:
@@ -224,7 +228,7 @@ def test_combined_adapters_can_be_combined() -> None:
     model.add_weighted_adapter(["x", "y", "z"], [0.5, 0.5, 1.0], "once")
     for one, other in zip(merged(model, "xyz").values(), merged(model, "once").values(), strict=True):
         torch.testing.assert_close(one, other)
-    assert model.peft_config["xyz"].provenance["adapters"][0]["provenance"]["combination_type"] == "linear"
+    assert model.peft_config["xyz"].record.provenance["adapters"][0]["provenance"]["combination_type"] == "linear"
 
 
 def test_adapters_with_other_targets() -> None:
@@ -237,7 +241,7 @@ def test_adapters_with_other_targets() -> None:
     wanted = copy.deepcopy(base)
     wanted.first, wanted.second = one.first, two.second
     assert same_bits(output(model, X), output(wanted, X))
-    assert model.peft_config["new"].eligible == sum(
+    assert model.peft_config["new"].record.eligible == sum(
         p.numel() for m in (base.first, base.second) for p in m.parameters()
     )
 
@@ -370,7 +374,7 @@ def test_different_heads_are_a_choice(tmp_path: Path) -> None:
     assert "new" not in model.peft_config and "new" not in model.base_model.model.classifier.modules_to_save
     model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new", modules_to_save_from="y")
     assert_same(head(model, "new"), head(model, "y"))
-    assert model.peft_config["new"].provenance["modules_to_save_from"] == "y"
+    assert model.peft_config["new"].record.provenance["modules_to_save_from"] == "y"
     model.set_adapter("new")
     assert not [name for name, value in model.named_parameters() if value.requires_grad]
     wanted = output(model, batch)

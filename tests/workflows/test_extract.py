@@ -86,7 +86,7 @@ def test_every_byte_is_that_of_the_models_in_memory(family: str, dtype: torch.dt
         {"num_params": 77},
         {"density": 1.0},
         {"density": 0.05, "selection": "random", "seed": 3},
-        {"density": 0.05, "scope": "tensor"},
+        {"density": 0.05, "budget_scope": "tensor"},
         {"density": 0.2, "granularity": "tensor"},
         {"density": 0.6, "granularity": "layer"},
         {"density": 0.05, "alpha": 0.5},
@@ -144,7 +144,7 @@ def test_a_head_that_the_base_lacks_comes_from_the_donor(tmp_path: Path) -> None
     head = grafted.base_model.model.classifier.modules_to_save["default"]
     assert same_bits(head.weight.bfloat16(), donor_model.classifier.weight)
     entries = sum(map(len, held(grafted).values()))
-    assert entries == grafted.active_peft_config.entries > 0
+    assert entries == grafted.active_peft_config.record.entries > 0
 
 
 def test_the_adapter_grafts_the_donor(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_an_exact_patch_is_lossless(tmp_path: Path) -> None:
     )
     assert done.entries == differing < done.eligible
     config = GraftConfig.from_pretrained(tmp_path / "out")
-    assert config.provenance["exact"] is True and config.density is None and config.entries == differing
+    assert config.record.provenance["exact"] is True and config.density is None and config.record.entries == differing
 
 
 def test_an_exact_patch_that_outweighs_the_donor_is_told(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_other_dtypes_than_the_files_are_those_that_loading_gives(tmp_path: Path
     expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
     extract(base, donor, tmp_path / "out", density=0.05)
     assert_same_files(tmp_path / "out", expected)
-    assert GraftConfig.from_pretrained(expected).fingerprint["dtype"] == "bfloat16"
+    assert GraftConfig.from_pretrained(expected).record.fingerprint["dtype"] == "bfloat16"
 
 
 def test_a_donor_without_a_configuration_is_of_the_bases_class(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_files_give_what_models_give(combination: str, tmp_path: Path) -> None:
     )
     assert_same_adapter(expected, tmp_path / "both")
     assert done.conflicts > 0 and done.nbytes == (tmp_path / "both" / "adapter_model.safetensors").stat().st_size
-    assert done.entries == json.loads((tmp_path / "both" / "adapter_config.json").read_text())["entries"]
+    assert done.entries == json.loads((tmp_path / "both" / "adapter_config.json").read_text())["record"]["entries"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -253,5 +253,5 @@ def test_directories_may_have_any_name(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         stitch([tmp_path / "news"], path)
     stitch(paths, tmp_path / "out", combination_type="mean")
-    parts = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["provenance"]["adapters"]
+    parts = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["record"]["provenance"]["adapters"]
     assert [part["name"] for part in parts] == ["keys-2", "default-2", "keys-3"]

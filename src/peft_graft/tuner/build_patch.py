@@ -76,7 +76,7 @@ class PatchBuilder:
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
-        config.provenance = {"versions": installed_versions()}
+        config.note(provenance={"versions": installed_versions()})
         self.donors[adapter_name] = (
             RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
         )
@@ -146,10 +146,10 @@ class PatchBuilder:
         selector = Selector(
             PairedTensors(base, donor, names, sizes, show_progress_bar=show_progress_bar),
             rule,
-            Budget(config.density, config.num_params, config.scope, config.granularity),
+            Budget(config.density, config.num_params, config.budget_scope, config.granularity),
             measured=measured,
             seed=config.seed,
-            candidate_ratio=config.candidates if trained else 1.0,
+            candidate_ratio=config.candidate_ratio if trained else 1.0,
         )
         chosen = selector.indices()
         if not selector.differs:
@@ -157,8 +157,8 @@ class PatchBuilder:
         if rule.trains_mask:
             state.budget = selector.budget_of(chosen)
         self._install(adapter_name, targets, chosen, names, base, trained)
-        config.eligible = selector.eligible
-        config.entries = _count(state.budget) if rule.trains_mask else sum(index.numel() for index in chosen.values())
+        entries = _count(state.budget) if rule.trains_mask else sum(index.numel() for index in chosen.values())
+        config.note(eligible=selector.eligible, entries=entries)
         state.ready = config.alpha != "auto" and rule.kind != "procedure"
 
     def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
@@ -172,7 +172,7 @@ class PatchBuilder:
         chosen = {name: index for name, index in chosen.items() if index.numel()}
         names, base = self.donor_names(adapter_name), self.base_tensors(targets)
         self._install(adapter_name, targets, chosen, names, base, trained=False)
-        self.peft_config[adapter_name].entries = sum(index.numel() for index in chosen.values())
+        self.peft_config[adapter_name].note(entries=sum(index.numel() for index in chosen.values()))
 
     def _install(
         self,

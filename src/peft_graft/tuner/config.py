@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
@@ -21,6 +22,25 @@ _SCOPES = ("global", "tensor")
 _GRANULARITIES = ("entry", "tensor", "layer")
 
 
+@dataclass(frozen=True)
+class GraftRecord:
+    """Results that the package records in a config, so that a saved adapter is self-contained.
+
+    Args:
+        base_model_type: Type of the base in transformers, such as `"bert"`.
+        eligible: Number of entries that the budget is a share of.
+        entries: Number of entries taken from the donor.
+        fingerprint: Fingerprint of the base at these entries; a config with one belongs to a finished patch.
+        provenance: How the patch was made: versions of the packages, or the adapters that it combines.
+    """
+
+    base_model_type: str | None = None
+    eligible: int | None = None
+    entries: int | None = None
+    fingerprint: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+
+
 @dataclass
 class GraftConfig(PeftConfig):
     """Configuration of a graft: theta = theta_base + alpha * mask * (theta_donor - theta_base), |mask| = budget.
@@ -33,10 +53,10 @@ class GraftConfig(PeftConfig):
         density: Share of the eligible entries to take from the donor, in (0, 1].
         num_params: The same as an integer; mutually exclusive with `density`.
         selection: Rule that scores the entries: see `peft_graft.RULES`.
-        scope: `"global"`, one budget over all targeted tensors, or `"tensor"`, the same density in each.
+        budget_scope: `"global"`, one budget over all targeted tensors, or `"tensor"`, the same density in each.
         granularity: `"entry"`, or whole `"tensor"`s or `"layer"`s.
-        candidates: How many times the budget a learned mask may choose from, >= 1; the candidates are the entries
-            with the largest |delta|.
+        candidate_ratio: Number of entries that a learned mask may choose from, as a multiple of the budget, >= 1: the
+            entries with the largest |delta|.
         alpha: Scale of the patch: 1 writes the donor's bits; any other number writes base + alpha * (donor - base);
             `"auto"` is fitted by `initialize_graft` on calibration data. Once fitted, the number, or one number per
             tensor.
@@ -49,23 +69,31 @@ class GraftConfig(PeftConfig):
         layers_to_transform: Indices of the layers to graft.
         layers_pattern: Name of the list of layers, where it is not the first number in the module's name.
         seed: Seed of `random` and of everything drawn during selection.
+        record: Results that the package records, None before there are any. Not to be passed.
 
     Raises:
-        ValueError: One message for all fields that are out of range.
+        ValueError: Names all fields that are out of range.
     """
 
     donor: Any = field(
-        default=None, metadata={"help": "Fine-tuned checkpoint (directory, Hub id or module), or 'zeros'."}
+        default=None, metadata={"help": "Fine-tuned checkpoint: a directory, a Hub id, a module, or 'zeros'."}
     )
     donor_revision: str | None = field(default=None, metadata={"help": "Revision of a donor on the Hub."})
     density: float | None = field(default=None, metadata={"help": "Share of the eligible entries, in (0, 1]."})
-    num_params: int | None = field(default=None, metadata={"help": "The same as an integer."})
-    selection: str = field(default="magnitude", metadata={"help": f"Rule, one of {sorted(RULES)}."})
-    scope: str = field(default="global", metadata={"help": "One budget over all tensors, or one per tensor."})
-    granularity: str = field(default="entry", metadata={"help": "Take entries, whole tensors or whole layers."})
-    candidates: float = field(default=10.0, metadata={"help": "Times the budget a learned mask may choose from."})
+    num_params: int | None = field(default=None, metadata={"help": "The number of entries, instead of density."})
+    selection: str = field(default="magnitude", metadata={"help": f"Rule for the entries, one of {sorted(RULES)}."})
+    budget_scope: str = field(
+        default="global", metadata={"help": "'global': one budget over all tensors; 'tensor': one in each."}
+    )
+    granularity: str = field(
+        default="entry",
+        metadata={"help": "Take entries, whole tensors or whole layers."},
+    )
+    candidate_ratio: float = field(
+        default=10.0, metadata={"help": "Entries that a learned mask may choose from, as a multiple of the budget."}
+    )
     alpha: Any = field(default=1.0, metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
-    alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one per tensor."})
+    alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one for each tensor."})
     target_modules: Collection[str] | str | None = field(
         default=None, metadata={"help": "Modules to graft; default all but embeddings and head; 'all' for every one."}
     )
@@ -75,22 +103,20 @@ class GraftConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to graft."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     seed: int = field(default=0, metadata={"help": "Seed of the selection."})
-    # Written by the package, read on load: they make a saved adapter self-contained.
-    base_model_type: str | None = field(default=None, metadata={"help": "Recorded: the base's transformers type."})
-    eligible: int | None = field(default=None, metadata={"help": "Recorded: entries the budget is a share of."})
-    entries: int | None = field(default=None, metadata={"help": "Recorded: entries taken from the donor."})
-    fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "Recorded: the base at the patch."})
-    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Recorded: how the patch was made."})
+    record: GraftRecord | None = field(default=None, metadata={"help": "Results that the package records."})
 
     # PEFT saves whole embeddings when they are targeted, unless the method is known to store single rows. Not a field.
     trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
-    # Whether what is saved goes to the Hub, so that it must not name local paths. Set by a Trainer's push. Not a field.
+    # Whether the next save goes to the Hub, so that it must not name local paths. Not a field.
     for_hub = False
 
     def __post_init__(self) -> None:
         """Validate all fields, collecting every offender."""
         super().__post_init__()
         self.peft_type = GRAFT
+        if isinstance(self.record, Mapping):  # from a file, maybe of a later version with more results
+            known = {each.name for each in fields(GraftRecord)}
+            self.record = GraftRecord(**{name: value for name, value in self.record.items() if name in known})
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -99,7 +125,7 @@ class GraftConfig(PeftConfig):
         if problems:
             raise ValueError(" ".join(problems))
 
-    def _problems(self) -> Any:
+    def _problems(self) -> Iterator[str]:
         def problem(what: str, constraint: str, remedy: str) -> str:
             return f"{what} must be {constraint}, got {getattr(self, what)!r}. {remedy}"
 
@@ -122,14 +148,14 @@ class GraftConfig(PeftConfig):
             if isinstance(getattr(self, what), str):
                 yield problem(what, "a list of names", "Put the name into brackets.")
         rule = RULES.get(self.selection)
-        if rule is None and not self.is_pretrained:  # who loads a patch need not know its rule
+        if rule is None and not self.is_pretrained:  # a patch can be loaded without its rule
             yield problem("selection", f"one of {sorted(RULES)}", "Add your own with register_rule.")
-        if self.scope not in _SCOPES:
-            yield problem("scope", f"one of {list(_SCOPES)}", "Use 'global' for one exact budget.")
+        if self.budget_scope not in _SCOPES:
+            yield problem("budget_scope", f"one of {list(_SCOPES)}", "Use 'global' for one exact budget.")
         if self.granularity not in _GRANULARITIES:
             yield problem("granularity", f"one of {list(_GRANULARITIES)}", "Use 'entry' for single entries.")
-        if not (_is_number(self.candidates) and self.candidates >= 1):
-            yield problem("candidates", "a number >= 1", "It multiplies the budget.")
+        if not (_is_number(self.candidate_ratio) and self.candidate_ratio >= 1):
+            yield problem("candidate_ratio", "a number >= 1", "It multiplies the budget.")
         alphas = self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]
         if self.alpha != "auto" and not all(_is_number(alpha) for alpha in alphas):
             yield problem("alpha", "a finite number, numbers by tensor name, or 'auto'", "1 grafts the donor's values.")
@@ -137,25 +163,33 @@ class GraftConfig(PeftConfig):
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
         if rule is not None and rule.trains_mask and self.granularity != "entry":
             yield problem("granularity", f"'entry' with selection={self.selection!r}", "Only entries are trained.")
-        if self.scope == "tensor" and (self.num_params is not None or self.granularity != "entry"):
-            yield problem("scope", "'global' with num_params or a coarser granularity", "Or give a density of entries.")
-        if self.scope == "tensor" and rule is not None and rule.kind == "procedure":
+        if self.budget_scope == "tensor" and (self.num_params is not None or self.granularity != "entry"):
             yield problem(
-                "scope", f"'global' with selection={self.selection!r}", "The published procedure has one budget."
+                "budget_scope", "'global' with num_params or a coarser granularity", "Or give a density of entries."
             )
+        if self.budget_scope == "tensor" and rule is not None and rule.kind == "procedure":
+            yield problem("budget_scope", f"'global' with selection={self.selection!r}", "A procedure has one budget.")
         if not _is_integer(self.seed):
             yield problem("seed", "an integer", "Use 0.")
 
     @property
     def is_pretrained(self) -> bool:
         """Whether the patch comes from a saved adapter, so that no donor is looked for."""
-        return self.fingerprint is not None
+        return self.record is not None and self.record.fingerprint is not None
 
     @property
     def needs_data(self) -> bool:
         """Whether `initialize_graft` must see data before the graft is complete."""
         rule = RULES.get(self.selection)
-        return (rule is not None and rule.needs_data) or self.alpha == "auto"
+        return self.alpha == "auto" or (rule is not None and rule.needs_data)
+
+    def note(self, **results: Any) -> None:
+        """Record results.
+
+        Args:
+            results: Fields of `GraftRecord`; the others stay as they are.
+        """
+        self.record = replace(self.record or GraftRecord(), **results)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON-able dictionary; a donor in memory becomes its name."""
@@ -173,7 +207,7 @@ class GraftConfig(PeftConfig):
         return result
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; beside an adapter's tensors, the model card too.
+        """Write `adapter_config.json`, and beside an adapter's tensors the model card.
 
         PEFT writes the configuration last, so this is where the adapter is whole and its card can tell the truth.
         """
@@ -189,3 +223,25 @@ def _is_number(value: object) -> bool:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _current_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the fields of an `adapter_config.json` of peft-graft 0.1.0 into today's; today's stay as they are."""
+    if "provenance" not in given:  # 0.1.0 wrote the results beside the choices, all of them
+        return dict(given)
+    renamed = {"scope": "budget_scope", "candidates": "candidate_ratio"}
+    results = {each.name for each in fields(GraftRecord)}
+    choices = {renamed.get(name, name): value for name, value in given.items() if name not in results}
+    return choices | {"record": {name: given[name] for name in results & given.keys()}}
+
+
+def _with_current_fields(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: GraftConfig, *args: Any, **given: Any) -> None:
+        init(self, *args, **_current_fields(given))
+
+    return __init__
+
+
+# PEFT hands the fields of a file to the constructor, whichever class is asked to read it.
+GraftConfig.__init__ = _with_current_fields(GraftConfig.__init__)  # type: ignore[method-assign]

@@ -128,12 +128,13 @@ class GraftModel(PatchMaker, BaseTuner):
         if config.density is None and config.num_params is None and not from_file:
             resolve_budget(1, None, None)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if None not in (config.base_model_type, model_type) and config.base_model_type != model_type:
+        recorded = config.record.base_model_type if config.record else None
+        if None not in (recorded, model_type) and recorded != model_type:
             raise PatchError(
-                f"base must be of the type that the patch was made for, {config.base_model_type!r}, got "
+                f"base must be of the type that the patch was made for, {recorded!r}, got "
                 f"{model_type!r}. Load {config.base_model_name_or_path or 'the base that it was made from'!r}."
             )
-        config.base_model_type = config.base_model_type or model_type
+        config.note(base_model_type=recorded or model_type)
         self.states[adapter_name] = GraftState(config)
         self.states[adapter_name].awaits_file = from_file
         with ExitStack() as undo:
@@ -305,7 +306,7 @@ class GraftModel(PatchMaker, BaseTuner):
         """Add a graft that combines others: base + combination of weight_i * alpha_i * (donor_i - base).
 
         It is a graft like any: it needs neither the others nor their donors, has alpha = 1, and its config records
-        under `provenance` what it is made of. Like every added adapter it is not active until `set_adapter`.
+        under `record.provenance` what it is made of. Like every added adapter it is not active until `set_adapter`.
 
         Args:
             adapters: Names of the grafts to combine; of a learned mask, the exact one is taken.

@@ -173,7 +173,7 @@ def _fingerprint(
         base = {
             name: values[masks[name].to(values.device)] if name in masks else values for name, values in noted.items()
         }
-    elif state.config.fingerprint is None:
+    elif not state.config.is_pretrained:
         raise ValueError(
             f"base must be whole to be told by its values, got shards of {sharded[:3]}. "
             "Save before the model is sharded."
@@ -193,7 +193,7 @@ def pack(
 
     Args:
         model: The model that holds the adapter.
-        config: The adapter's config; `fingerprint` and `entries` are set.
+        config: The adapter's config; its record gets the fingerprint and the number of entries.
         adapter_name: Name of the adapter.
         state_dict: State dict of the model, gathered where it is sharded.
 
@@ -218,10 +218,12 @@ def pack(
         raise _only_shards()
     masks = {} if goes_on else _masks(logits, state)
     patch = Patch(_taken(parts, masks))
-    config.fingerprint = _fingerprint(places, patch, state, masks) or config.fingerprint
+    fingerprint = _fingerprint(places, patch, state, masks)
+    if fingerprint is not None:
+        config.note(fingerprint=fingerprint)
     result = patch.to_tensors()
     if not goes_on:
-        config.entries = patch.num_params
+        config.note(entries=patch.num_params)
     for name, values in (logits or {}).items() if goes_on else ():
         result[_file_key(name, "logits")] = values
         if config.alpha != "auto":
@@ -259,10 +261,10 @@ def unpack(
     state = next(iter(layers)).states[adapter_name]
     held = {layer: layer.slot(adapter_name) for layer in layers if adapter_name in layer.graft_patch}
     fresh = not any(slot.params for slot in held.values())
-    if fresh and config.fingerprint is not None:
+    if fresh and config.record is not None and config.record.fingerprint is not None:
         base = _base_entries(places, patch)
         if base is not None:
-            fingerprint = Fingerprint.from_dict(config.fingerprint)
+            fingerprint = Fingerprint.from_dict(config.record.fingerprint)
             fingerprint.require(base, config.base_model_name_or_path, _quantized(places, patch))
     logits, alphas = (_read_trained(state_dict, patch, kind) for kind in ("logits", "alpha"))
     if state.logits() and not logits and not config.inference_mode:
@@ -282,11 +284,11 @@ def unpack(
         for kind, live in slot.tensors(param_key).items():
             result[place.live_key(adapter_name, kind)] = live.detach()
     if logits:
-        if config.scope == "tensor" and config.density is not None:
+        if config.budget_scope == "tensor" and config.density is not None:
             sizes = {places[name].tensor_name: math.prod(shapes[name]) for name in logits}
             state.budget = {name: round(config.density * size) for name, size in sizes.items()}
         else:
-            state.budget = config.entries
+            state.budget = config.record.entries if config.record else None
     if alphas:
         by_tensor = {places[name].tensor_name: alphas[name].item() for name in alphas}
         config.alpha = by_tensor if len({*by_tensor.values()}) > 1 else next(iter(by_tensor.values()))

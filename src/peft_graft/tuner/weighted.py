@@ -12,12 +12,12 @@ from ..patch.fingerprint import Fingerprint
 from ..patch.patch import Patch
 from .backends.quantized import require_float
 from .build_patch import PatchBuilder
-from .config import GraftConfig
+from .config import GraftConfig, GraftRecord
 from .modules_to_save import choose_heads
 from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
-_ORIGIN = ("donor", "donor_revision", "selection", "alpha", "provenance")  # what is kept of the config of a source
+_ORIGIN = ("donor", "donor_revision", "selection", "alpha")  # what is kept of the config of a source
 
 
 def read_patch(tuner: PatchBuilder, adapter_name: str, with_alpha: bool) -> Patch:
@@ -86,19 +86,21 @@ def combine(
             "weight": float(weight),
             "entries": one.num_params,
             **{key: value for key, value in tuner.peft_config[name].to_dict().items() if key in _ORIGIN},
+            "provenance": tuner.peft_config[name].record.provenance if tuner.peft_config[name].record else None,
         }
         for name, weight, one in zip(adapters, weights, patches, strict=True)
     ]
     config = _config(tuner, adapters, patch)
-    config.provenance = {
-        "combination_type": combination_type,
-        "adapters": parts,
-        "conflicts": sum(conflicts(patches).values()),
-        "modules_to_save_from": modules_to_save_from,
-    }
-    config.fingerprint = Fingerprint.compute(
-        {name: base(name, part.indices) for name, part in patch.tensors.items()}
-    ).to_dict()
+    fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
+    config.note(
+        fingerprint=fingerprint.to_dict(),
+        provenance={
+            "combination_type": combination_type,
+            "adapters": parts,
+            "conflicts": sum(conflicts(patches).values()),
+            "modules_to_save_from": modules_to_save_from,
+        },
+    )
     return config, patch, heads
 
 
@@ -120,8 +122,10 @@ def _config(tuner: PatchBuilder, adapters: Sequence[str], patch: Patch) -> Graft
         target_modules=modules or None,
         target_parameters=bare or None,
         modules_to_save=list(dict.fromkeys(saved)) or None,
-        eligible=sum(layer.base_parameter(param).numel() for layer, param in targets.values()),
-        entries=patch.num_params,
+        record=GraftRecord(
+            eligible=sum(layer.base_parameter(param).numel() for layer, param in targets.values()),
+            entries=patch.num_params,
+        ),
     )
 
 

@@ -108,7 +108,7 @@ class AdapterOnBase:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._names = self._resolve_names()
         self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
-        Fingerprint.from_dict(self.config.fingerprint or {}).require(self._base_values, recorded)
+        Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {}).require(self._base_values, recorded)
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""

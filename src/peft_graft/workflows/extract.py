@@ -144,7 +144,7 @@ def extract(
         density=density,
         num_params=num_params,
         selection=selection,
-        scope=budget_scope,
+        budget_scope=budget_scope,
         granularity=granularity,
         target_modules=copy.copy(target_modules),  # PEFT extends its lists in place
         exclude_modules=copy.copy(exclude_modules),
@@ -205,7 +205,7 @@ def _open(
     model = build_skeleton(base, base_revision, like, token=token)
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
-    config.fingerprint = {}  # marks the adapter as a saved one, so that no patch is made now
+    config.note(fingerprint={})  # marks the adapter as a saved one, so that no patch is made now
     peft_model = get_peft_model(model, config, revision=base_revision)
     tuner: GraftModel = peft_model.base_model
     donor = tuner.open_donor(_ADAPTER, token)
@@ -253,7 +253,7 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
     selector = Selector(
         pairs,
         None if exact else get_rule(config.selection),
-        Budget(config.density, config.num_params, config.scope, config.granularity),
+        Budget(config.density, config.num_params, config.budget_scope, config.granularity),
         seed=config.seed,
     )
     # The configuration is put in place last: until then, the old one refuses the new tensors.
@@ -347,9 +347,10 @@ def _encode_one(selected: Selected) -> tuple[Selected, dict[str, torch.Tensor]]:
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:
     """Put the patch into the empty adapter, from where `save_pretrained` writes it like any other."""
     config, state = peft_model.peft_config[_ADAPTER], peft_model.base_model.states[_ADAPTER]
-    config.eligible, config.entries = eligible, packed.entries
-    config.fingerprint = Fingerprint.compute(packed.base_values).to_dict()
+    config.note(
+        eligible=eligible, entries=packed.entries, fingerprint=Fingerprint.compute(packed.base_values).to_dict()
+    )
     packed.base_values.clear()  # unmapped before the rest is read
     if exact:
-        config.provenance = {**(config.provenance or {}), "exact": True}
+        config.note(provenance={**(config.record.provenance or {}), "exact": True})
     state.packed, state.awaits_file, state.ready = packed.tensors, False, True

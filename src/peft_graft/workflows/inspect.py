@@ -27,7 +27,7 @@ ORIGIN_FIELDS = (
     "donor",
     "donor_revision",
     "selection",
-    "scope",
+    "budget_scope",
     "granularity",
     "density",
     "num_params",

@@ -93,11 +93,11 @@ def stitch(
     read_base, taken_from = _base_reader(grafts), chosen or source
     tuner.adopt(_ADAPTER, *combine(tuner, list(grafts), weights, _ADAPTER, combination_type, taken_from, read_base))
     config = tuner.peft_config[_ADAPTER]
-    config.provenance = {**(config.provenance or {}), "modules_to_save_from": chosen}
+    config.note(provenance={**(config.record.provenance or {}), "modules_to_save_from": chosen})
     with atomic_directory(target, last=CONFIG_NAME) as directory:
         model.save_pretrained(directory, selected_adapters=[_ADAPTER])
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    return StitchResult(target, config.entries or 0, (config.provenance or {})["conflicts"], nbytes)
+    return StitchResult(target, config.record.entries or 0, (config.record.provenance or {})["conflicts"], nbytes)
 
 
 def _require_arguments(

@@ -96,7 +96,7 @@ def test_an_adapter_that_is_loaded_anew_under_its_name_counts_at_once(tmp_path: 
 
 
 def test_a_mask_that_trains_meanwhile_is_never_stale() -> None:
-    _, model = grafted(selection="learned", candidates=2)
+    _, model = grafted(selection="learned", candidate_ratio=2)
     logits = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = []
 

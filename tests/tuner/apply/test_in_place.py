@@ -150,7 +150,7 @@ def test_an_error_in_the_middle_takes_the_patch_off() -> None:
 
 def test_a_graph_made_before_an_evaluation_is_still_right() -> None:
     """Evaluation between forward and backward must neither raise nor change what backward reads."""
-    base, _, model = grafted(selection="learned", candidates=2)
+    base, _, model = grafted(selection="learned", candidate_ratio=2)
     gradients = []
     for evaluate in (False, True):
         model.train().zero_grad()

@@ -28,7 +28,7 @@ from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
 from .mask import GraftStates
-from .modules_to_save import graft_heads
+from .modules_to_save import graft_modules
 
 Target = tuple[GraftLayer, str]
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
@@ -85,7 +85,7 @@ class PatchBuilder:
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
         self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
-        graft_heads(self.model, adapter_name, donor)
+        graft_modules(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.kind == "scored":
             self.states[adapter_name].waits_for_data = True

@@ -28,10 +28,10 @@ from .build_patch import PatchBuilder, Target
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .mask import GraftState, GraftStates
-from .modules_to_save import copy_heads, name_heads
+from .modules_to_save import copy_modules, name_modules
 from .parameter_hooks import CHILD_NAME, ParameterHooks
 from .quantized_layer import GraftQuantizedLinear
-from .state_dict import pack, unpack
+from .state_dict import install_patch, pack, unpack
 from .targets import COMPILED, is_wrappable, refuse, resolve_targets
 from .trainer import is_for_hub, keep_card
 from .weighted import combine, read_patch
@@ -118,7 +118,7 @@ class GraftModel(PatchMaker, BaseTuner):
         require_memory(model)
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
-        name_heads(config)
+        name_modules(config)
         from_file = config.is_pretrained or state_dict is not None or (low_cpu_mem_usage and config.donor is None)
         if config.donor is None and not from_file:
             raise DonorError(
@@ -323,16 +323,16 @@ class GraftModel(PatchMaker, BaseTuner):
         made = combine(self, adapters, weights, adapter_name, combination_type, modules_to_save_from)
         self.adopt(adapter_name, *made)
 
-    def adopt(self, adapter_name: str, config: GraftConfig, patch: Patch, heads: dict[str, str]) -> None:
+    def adopt(self, adapter_name: str, config: GraftConfig, patch: Patch, sources: dict[str, str]) -> None:
         """Add an adapter with a patch that was made elsewhere, and other adapters' modules to save, by their keys."""
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         self.fill(adapter_name, patch)
-        copy_heads(self.model, adapter_name, heads)
+        copy_modules(self.model, adapter_name, sources)
 
     def fill(self, adapter_name: str, patch: Patch) -> None:
         """Give an adapter that is still empty its patch."""
-        self._remap_adapter_state_dict_for_load(self, self.peft_config[adapter_name], adapter_name, patch.to_tensors())
+        install_patch(self, self.peft_config[adapter_name], adapter_name, patch)
 
     # Host contract
 

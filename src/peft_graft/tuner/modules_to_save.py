@@ -1,8 +1,8 @@
-"""Modules taken whole, such as a task head: DonorHead holds the donor's and keeps them frozen."""
+"""Modules to save: taken whole from the donor, such as a task head, and kept frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,21 +17,25 @@ if TYPE_CHECKING:
     from .config import GraftConfig
 
 
-# For these tasks PEFT names the head in the config that the user passed, when the graft has long been made.
-_LATE_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+# For these tasks PEFT names the head only after the graft is made, in the config that the user passed.
+_NAMED_LATE = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
-def name_heads(config: GraftConfig) -> None:
+def name_modules(config: GraftConfig) -> None:
     """Name a task's head among the modules to save, as PEFT does, but before they are wrapped."""
-    heads = _LATE_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), [])
+    heads = _NAMED_LATE.get(str(getattr(config.task_type, "value", config.task_type)), [])
     if heads:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
-class DonorHead(ModulesToSaveWrapper):
-    """PEFT's wrapper of a module to save, where copies hold the donor's values and stay frozen whatever PEFT does."""
+class DonorModule(ModulesToSaveWrapper):
+    """PEFT's wrapper of a module to save, with copies that hold the donor's values and stay frozen.
 
-    frozen: dict[str, dict[str, torch.Tensor]]  # what the frozen copies hold, for when an engine shards them
+    Attributes:
+        frozen: Values of each frozen copy, by adapter name, for when an engine shards the copies.
+    """
+
+    frozen: dict[str, dict[str, torch.Tensor]]
 
     def freeze(self) -> None:
         """Freeze the copies that hold the donor's values."""
@@ -49,7 +53,7 @@ class DonorHead(ModulesToSaveWrapper):
         self.freeze()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Set what trains, but never a copy that holds the donor's values."""
+        """Choose the copies that train, but never one that holds the donor's values."""
         super().set_requires_grad(adapter_names, requires_grad)
         self.freeze()
 
@@ -59,15 +63,16 @@ class DonorHead(ModulesToSaveWrapper):
         super().delete_adapter(adapter_name, new_active_adapters)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values of a copy; where this process holds but a shard of them, what was taken from the donor."""
+        """Return the values of a copy; where this process holds but a shard of them, the donor's."""
         found = dict(state_dict)
         for name, value in self.frozen.get(adapter_name, {}).items():
             key = f"modules_to_save.{adapter_name}.{name}"
-            if not _is_whole(found.get(key), value.shape) and not self._trains(adapter_name):
+            if not _is_whole(found.get(key), value.shape) and not self.trains(adapter_name):
                 found[key] = value
         return super().adapter_state_dict(adapter_name, found)
 
-    def _trains(self, adapter_name: str) -> bool:
+    def trains(self, adapter_name: str) -> bool:
+        """Return whether a copy has parameters that train, because somebody made them."""
         return any(parameter.requires_grad for parameter in self.modules_to_save[adapter_name].parameters())
 
 
@@ -75,7 +80,14 @@ def _is_whole(value: torch.Tensor | None, shape: torch.Size) -> bool:
     return value is not None and value.shape == shape and not is_sharded(value)
 
 
-def require_whole_heads(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+def _wrappers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """Yield the wrappers in which an adapter has a copy, with their keys in the model."""
+    for key, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            yield key, module
+
+
+def require_whole_modules(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Refuse to save modules of which only shards are at hand.
 
     Args:
@@ -87,10 +99,8 @@ def require_whole_heads(model: nn.Module, adapter_name: str, state_dict: Mapping
         ValueError: Values of a module to save are missing.
     """
     partial = []
-    for key, module in model.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
-            continue
-        if isinstance(module, DonorHead) and adapter_name in module.frozen and not module._trains(adapter_name):
+    for key, module in _wrappers(model, adapter_name):
+        if isinstance(module, DonorModule) and adapter_name in module.frozen and not module.trains(adapter_name):
             continue
         for name, value in module.modules_to_save[adapter_name].named_parameters():
             stored = state_dict.get(f"{key}.modules_to_save.{adapter_name}.{name}")
@@ -100,46 +110,36 @@ def require_whole_heads(model: nn.Module, adapter_name: str, state_dict: Mapping
         raise ValueError(f"modules_to_save must be whole to be saved, got shards of {partial}. {GATHER}")
 
 
-def graft_heads(model: nn.Module, adapter_name: str, donor: Donor) -> None:
-    """Fill an adapter's `modules_to_save` with the donor's values and freeze them.
+def graft_modules(model: nn.Module, adapter_name: str, donor: Donor) -> None:
+    """Fill an adapter's modules to save with the donor's values and freeze them.
 
     Modules of which the donor lacks parameters keep the base's values and stay trainable.
 
     Args:
         model: The base, with the adapter in it.
         adapter_name: Name of the adapter.
-        donor: The donor; `"zeros"` has no heads.
+        donor: The donor; `"zeros"` has no modules to save.
 
     Raises:
-        DonorError: The donor's head has other shapes.
+        DonorError: The donor's module has other shapes.
     """
     if isinstance(donor, ZerosDonor):
         return
     held = set(donor.names())
-    for key, module in model.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
-            continue
+    for key, module in _wrappers(model, adapter_name):
         key = key.replace(COMPILED, "")
-        copies = {f"{key}.{name}": value for name, value in module.modules_to_save[adapter_name].named_parameters()}
-        if not copies.keys() <= held:
-            continue
-        base = {name: value.detach() for name, value in copies.items()}
-        names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
-        for _, before, after in stream(base, donor, names):
-            before.copy_(after)
-        if not isinstance(module, DonorHead):
-            # PEFT has made the wrapper already; as a subclass it keeps its copies, and PEFT still knows it.
-            module.__class__ = DonorHead
-            module.frozen = {}
-        held_values = module.modules_to_save[adapter_name].state_dict()
-        module.frozen[adapter_name] = {name: value.cpu() for name, value in held_values.items()}
-        module.freeze()
+        parameters = module.modules_to_save[adapter_name].named_parameters()
+        base = {f"{key}.{name}": value.detach() for name, value in parameters}
+        if base.keys() <= held:
+            names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
+            values = {name.removeprefix(f"{key}."): after for name, _, after in stream(base, donor, names)}
+            _fill(module, adapter_name, values, freeze=True)
 
 
-def choose_heads(
+def choose_modules(
     model: nn.Module, adapter_names: Sequence[str], chosen: str | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Choose whose copy of each module to save stands for all of these adapters.
+    """Choose the adapter whose copy of each module to save stands for all of these adapters.
 
     Args:
         model: The model that holds the adapters.
@@ -167,21 +167,46 @@ def choose_heads(
     return found, apart
 
 
-def copy_heads(model: nn.Module, adapter_name: str, sources: Mapping[str, str]) -> None:
-    """Give an adapter the modules to save of others, frozen where theirs are the donor's.
+def copy_modules(model: nn.Module, adapter_name: str, sources: Mapping[str, str]) -> None:
+    """Fill an adapter's modules to save with those of other adapters, frozen where these are the donor's.
 
     Args:
         model: The model that holds the adapters.
-        adapter_name: Name of the adapter, which has copies of its own already.
-        sources: Whose values to take, by the module's key.
+        adapter_name: Name of the adapter.
+        sources: The adapter to copy from, by the module's key.
     """
-    for key, module in model.named_modules():
-        if key not in sources or not isinstance(module, ModulesToSaveWrapper):
-            continue
-        source, copy = sources[key], module.modules_to_save[adapter_name]
-        # What has no values yet (meta device) cannot be copied to.
-        is_empty = any(parameter.is_meta for parameter in copy.parameters())
-        copy.load_state_dict(module.modules_to_save[source].state_dict(), assign=is_empty)
-        if isinstance(module, DonorHead) and source in module.frozen:
-            module.frozen[adapter_name] = module.frozen[source]
-            module.freeze()
+    for key, module in _wrappers(model, adapter_name):
+        if key in sources:
+            source = sources[key]
+            freeze = isinstance(module, DonorModule) and source in module.frozen
+            _fill(module, adapter_name, module.modules_to_save[source].state_dict(), freeze)
+
+
+def fill_modules(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill an adapter's modules to save with the tensors of a file.
+
+    Args:
+        model: The model that holds the adapter.
+        adapter_name: Name of the adapter.
+        tensors: By name in the unwrapped model: all of each module.
+    """
+    for key, module in _wrappers(model, adapter_name):
+        prefix = f"{key.replace(COMPILED, '')}."
+        values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        _fill(module, adapter_name, values, freeze=False)
+
+
+def _fill(module: ModulesToSaveWrapper, adapter_name: str, values: Mapping[str, torch.Tensor], freeze: bool) -> None:
+    """Write values into an adapter's copy of a module, and freeze it where they are the donor's."""
+    copy = module.modules_to_save[adapter_name]
+    # A copy that has no values yet (meta device) cannot be written into.
+    is_empty = any(parameter.is_meta for parameter in copy.parameters())
+    copy.load_state_dict({**({} if is_empty else copy.state_dict()), **values}, assign=is_empty)
+    if not freeze:
+        return
+    if not isinstance(module, DonorModule):
+        # PEFT has made the wrapper already; as a subclass it keeps its copies, and PEFT still knows it.
+        module.__class__ = DonorModule
+        module.frozen = {}
+    module.frozen[adapter_name] = {name: value.cpu() for name, value in copy.state_dict().items()}
+    module.freeze()

@@ -1,10 +1,10 @@
-"""Between the layers of a live adapter and the tensors of its file."""
+"""Turn the layers of a live adapter into the tensors of its file, and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..peft_compat.torch_names import FSDP_WRAPPED
 from .backends.sharded import GATHER, is_sharded, whole, whole_shape
 from .layer import GraftLayer
 from .mask import GraftState, Slot
-from .modules_to_save import require_whole_heads
+from .modules_to_save import require_whole_modules
 from .trainer import is_trainer_checkpoint
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _FSDP = f"{FSDP_WRAPPED}."
 
 
 class _Place(NamedTuple):
-    """Where the patch of a tensor lives: the layer that owns it, its parameter, and the layer's key in the model."""
+    """The place of a tensor's patch: the layer that owns it, its parameter, and the layer's key in the model."""
 
     layer: GraftLayer
     param: str
@@ -41,9 +41,14 @@ class _Place(NamedTuple):
     def live_key(self, adapter_name: str, kind: str) -> str:
         return f"{self.key}.graft_patch.{adapter_name}.{self.layer.keys[self.param]}_{kind}"
 
+    def live(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors that an adapter holds here, by their keys in the live model."""
+        for kind, tensor in self.slot(adapter_name).tensors(self.layer.keys[self.param]).items():
+            yield self.live_key(adapter_name, kind), tensor.detach()
+
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
-    """What an adapter may patch, by tensor name; a tied tensor is found under each of its names."""
+    """Find what an adapter may patch, by tensor name; a tied tensor is found under each of its names."""
     modules = ((module, key.removeprefix(_FSDP)) for key, module in model.named_modules())
     layers = {module: key for module, key in modules if isinstance(module, GraftLayer)}
     holders = [(layer, param, layer.aliases.get(param, (layer, param))) for layer in layers for param in layer.keys]
@@ -53,8 +58,12 @@ def _places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
     }
 
 
+def _shapes(places: Mapping[str, _Place]) -> dict[str, tuple[int, ...]]:
+    return {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
+
+
 def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch.Tensor] | None:
-    """The base's values where the patch is, by tensor name; None while the base has no values (meta device)."""
+    """Read the base's values where the patch is, by tensor name; None while the base has none (meta device)."""
     found = {}
     for name, part in patch.tensors.items():
         layer, param, _ = places[name]
@@ -65,7 +74,7 @@ def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch
 
 
 def _owners(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
-    """What an adapter may patch, by the owner's name, which stands for all names of a tied tensor."""
+    """Find what an adapter may patch, by the owner's name, which stands for all names of a tied tensor."""
     return {name: place for name, place in _places(model, adapter_name).items() if name == place.tensor_name}
 
 
@@ -76,9 +85,9 @@ def _state(places: Mapping[str, _Place], adapter_name: str) -> GraftState:
 def _held(
     places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor], gather: bool = False
 ) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor] | None]:
-    """All entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name.
+    """Collect all entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name.
 
-    No logits where only shards of them are at hand, unless every rank calls this together, to `gather` them.
+    There are no logits where only shards of them are at hand, unless every rank calls this together to `gather` them.
     """
     parts: dict[str, TensorPatch] = {}
     logits: dict[str, torch.Tensor] | None = {}
@@ -100,7 +109,7 @@ def _held(
 
 
 def _masks(logits: dict[str, torch.Tensor] | None, state: GraftState) -> Mapping[str, torch.Tensor]:
-    """Which of the entries a learned mask takes, on the CPU by tensor name; nothing for other patches.
+    """Compute the exact masks of a learned mask, on the CPU by tensor name; other patches have none.
 
     Raises:
         ValueError: Only shards of the logits are at hand.
@@ -139,32 +148,31 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
     if state.awaits_file:
         state.check(adapter_name)
     state.require_ready("read")
-    live = {
-        place.live_key(adapter_name, kind): tensor
-        for place in places.values()
-        for kind, tensor in place.slot(adapter_name).tensors(place.layer.keys[place.param]).items()
-    }
-    shapes = {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
+    live = {key: tensor for place in places.values() for key, tensor in place.live(adapter_name)}
     parts, logits = _held(places, adapter_name, live)
-    return Patch(_taken(parts, _masks(logits, state)), shapes)
+    return Patch(_taken(parts, _masks(logits, state)), _shapes(places))
 
 
 def _quantized(places: Mapping[str, _Place], patch: Patch) -> set[str]:
-    """Names of the patched tensors of which only rounded values are left."""
+    """Find the names of the patched tensors of which only rounded values are left."""
     layers = {name: places[name].layer for name in patch.tensors if places[name].param == "weight"}
     return {name for name, layer in layers.items() if layer.quantization_backend is not None}
 
 
-def _fingerprint(
-    places: Mapping[str, _Place], patch: Patch, state: GraftState, masks: Mapping[str, torch.Tensor]
-) -> dict[str, Any] | None:
-    """Fingerprint of the base; None while it cannot be known, or is known already, as on a quantized base.
+def _record_fingerprint(
+    config: GraftConfig,
+    places: Mapping[str, _Place],
+    patch: Patch,
+    state: GraftState,
+    masks: Mapping[str, torch.Tensor],
+) -> None:
+    """Record the fingerprint of the base, unless it cannot be known, or is known already, as on a quantized base.
 
     Raises:
         ValueError: The base is sharded, and its values have not been noted.
     """
     if _quantized(places, patch):
-        return None
+        return
     sharded = [name for name in patch.tensors if is_sharded(places[name].layer.base_parameter(places[name].param))]
     noted = {name: values for name in patch.tensors if (values := state.base_values(name)) is not None}
     if not sharded:
@@ -173,14 +181,15 @@ def _fingerprint(
         base = {
             name: values[masks[name].to(values.device)] if name in masks else values for name, values in noted.items()
         }
-    elif not state.config.is_pretrained:
+    elif config.is_pretrained:
+        return
+    else:
         raise ValueError(
             f"base must be whole to be told by its values, got shards of {sharded[:3]}. "
             "Save before the model is sharded."
         )
-    else:
-        return None
-    return None if base is None else Fingerprint.compute(base).to_dict()
+    if base is not None:
+        config.note(fingerprint=Fingerprint.compute(base).to_dict())
 
 
 def pack(
@@ -188,8 +197,8 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """Turn a live adapter into the tensors of its file, and record the base's fingerprint in its config.
 
-    A learned mask is packed: only the entries it takes are written. During training under a Trainer the candidates,
-    their logits and alpha are written instead, so that the checkpoint can be resumed.
+    A learned mask is packed: only the entries it takes are written. Where a Trainer writes a checkpoint, the
+    candidates, their logits and alpha are written instead, so that it can be resumed.
 
     Args:
         model: The model that holds the adapter.
@@ -205,31 +214,41 @@ def pack(
     """
     places = _owners(model, adapter_name)
     state = _state(places, adapter_name)
-    goes_on = bool(state.logits()) and is_trainer_checkpoint(model)
-    if not goes_on:
-        state.require_ready("saved")
     root = _ROOT if any(place.key.startswith(_ROOT) for place in places.values()) else ""
-    if state.packed is not None:
-        return {f"{root}{key}": value for key, value in state.packed.items()}
-    if not goes_on:
-        require_whole_heads(model, adapter_name, state_dict)
-    parts, logits = _held(places, adapter_name, state_dict, gather=goes_on)
-    if goes_on and logits is None:
-        raise _only_shards()
-    masks = {} if goes_on else _masks(logits, state)
-    patch = Patch(_taken(parts, masks))
-    fingerprint = _fingerprint(places, patch, state, masks)
-    if fingerprint is not None:
-        config.note(fingerprint=fingerprint)
-    result = patch.to_tensors()
-    if not goes_on:
+    result: dict[str, torch.Tensor] | None
+    if state.logits() and is_trainer_checkpoint(model):
+        result = _pack_checkpoint(places, config, adapter_name, state_dict)
+    else:
+        state.require_ready("saved")
+        result = state.packed
+    if result is None:
+        require_whole_modules(model, adapter_name, state_dict)
+        parts, logits = _held(places, adapter_name, state_dict)
+        masks = _masks(logits, state)
+        patch = Patch(_taken(parts, masks))
+        _record_fingerprint(config, places, patch, state, masks)
         config.note(entries=patch.num_params)
-    for name, values in (logits or {}).items() if goes_on else ():
+        result = patch.to_tensors()
+    return {f"{root}{key}": value for key, value in result.items()}
+
+
+def _pack_checkpoint(
+    places: Mapping[str, _Place], config: GraftConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return all candidates of a learned mask, their logits and alpha, as tensors of a file."""
+    state = _state(places, adapter_name)
+    parts, logits = _held(places, adapter_name, state_dict, gather=True)
+    if logits is None:
+        raise _only_shards()
+    patch = Patch(_taken(parts, {}))
+    _record_fingerprint(config, places, patch, state, {})
+    result = patch.to_tensors()
+    for name, values in logits.items():
         result[_file_key(name, "logits")] = values
         if config.alpha != "auto":
             # The config of a checkpoint is not read when training resumes, so alpha travels with the logits.
             result[_file_key(name, "alpha")] = torch.tensor([state.scale(name)], dtype=torch.float64)
-    return {f"{root}{key}": value for key, value in result.items()}
+    return result
 
 
 def unpack(
@@ -250,51 +269,89 @@ def unpack(
         PatchError: The file is malformed, names tensors that the model lacks, or belongs to another base.
     """
     places = _places(model, adapter_name)
-    shapes = {name: whole_shape(layer.base_parameter(param)) for name, (layer, param, _) in places.items()}
-    patch = Patch.from_tensors(state_dict, shapes)
-    if not patch.tensors:
-        raise PatchError("adapter must hold a patch, got no `graft_patch` tensors. Check that the file is a graft.")
-    patched = {(places[name].layer, places[name].param) for name in patch.tensors}
-    if len(patched) < len(patch.tensors):
-        raise PatchError(f"tied tensors must be patched once, got {sorted(patch.tensors)}. The file is damaged.")
-    layers = {place.layer for place in places.values()}
-    state = next(iter(layers)).states[adapter_name]
-    held = {layer: layer.slot(adapter_name) for layer in layers if adapter_name in layer.graft_patch}
-    fresh = not any(slot.params for slot in held.values())
-    if fresh and config.record is not None and config.record.fingerprint is not None:
-        base = _base_entries(places, patch)
-        if base is not None:
-            fingerprint = Fingerprint.from_dict(config.record.fingerprint)
-            fingerprint.require(base, config.base_model_name_or_path, _quantized(places, patch))
+    patch = Patch.from_tensors(state_dict, _shapes(places))
+    _require_tensors(places, patch)
     logits, alphas = (_read_trained(state_dict, patch, kind) for kind in ("logits", "alpha"))
+    state = _state(places, adapter_name)
+    slots = {place.layer.slots.get(adapter_name) for place in places.values()}
+    if not any(slot.params for slot in slots if slot is not None):
+        _require_base(config, places, patch)
     if state.logits() and not logits and not config.inference_mode:
         raise PatchError(
             "checkpoint must hold mask logits to resume training, got a packed patch. Resume from a checkpoint that "
             "a Trainer wrote during training, or set inference_mode=True in the config to use the patch as it is."
         )
-    for layer in held:
-        layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])
-    result = {key: value for key, value in state_dict.items() if parse_file_key(key) is None}
-    for name, part in patch.tensors.items():
-        place = places[name]
-        if adapter_name not in place.layer.graft_patch:
-            place.layer.add_slot(adapter_name, [place.param])
-        place.layer.install(adapter_name, place.param, part.indices, part.values, logits.get(name))
-        slot, param_key = place.slot(adapter_name), place.layer.keys[place.param]
-        for kind, live in slot.tensors(param_key).items():
-            result[place.live_key(adapter_name, kind)] = live.detach()
+    _install(places, adapter_name, patch, logits)
     if logits:
-        if config.budget_scope == "tensor" and config.density is not None:
-            sizes = {places[name].tensor_name: math.prod(shapes[name]) for name in logits}
-            state.budget = {name: round(config.density * size) for name, size in sizes.items()}
-        else:
-            state.budget = config.record.entries if config.record else None
+        state.budget = _budget(config, places, logits)
     if alphas:
         by_tensor = {places[name].tensor_name: alphas[name].item() for name in alphas}
         config.alpha = by_tensor if len({*by_tensor.values()}) > 1 else next(iter(by_tensor.values()))
     state.awaits_file = False
     state.ready = config.alpha != "auto"
-    return result
+    live = {key: value for place in map(places.__getitem__, patch.tensors) for key, value in place.live(adapter_name)}
+    return {key: value for key, value in state_dict.items() if parse_file_key(key) is None} | live
+
+
+def install_patch(model: nn.Module, config: GraftConfig, adapter_name: str, patch: Patch) -> None:
+    """Give the layers of an adapter the entries of a patch that is in memory.
+
+    Args:
+        model: The model that holds the adapter, which was made for this base.
+        config: The adapter's config.
+        adapter_name: Name of the adapter.
+        patch: The patch; its tensors are copied.
+
+    Raises:
+        PatchError: The patch is malformed, or names tensors that the model lacks.
+    """
+    places = _places(model, adapter_name)
+    Patch(patch.tensors, _shapes(places)).validate()
+    _require_tensors(places, patch)
+    copies = {name: TensorPatch(part.indices.clone(), part.values.clone()) for name, part in patch.tensors.items()}
+    _install(places, adapter_name, Patch(copies), {})
+    state = _state(places, adapter_name)
+    state.awaits_file = False
+    state.ready = config.alpha != "auto"
+
+
+def _require_tensors(places: Mapping[str, _Place], patch: Patch) -> None:
+    """Refuse a patch without tensors, or with several for one parameter."""
+    if not patch.tensors:
+        raise PatchError("adapter must hold a patch, got no `graft_patch` tensors. Check that the file is a graft.")
+    if len({(places[name].layer, places[name].param) for name in patch.tensors}) < len(patch.tensors):
+        raise PatchError(f"tied tensors must be patched once, got {sorted(patch.tensors)}. The file is damaged.")
+
+
+def _install(places: Mapping[str, _Place], adapter_name: str, patch: Patch, logits: Mapping[str, torch.Tensor]) -> None:
+    """Put the entries of a patch into the layers, and take all others away."""
+    patched = {(places[name].layer, places[name].param) for name in patch.tensors}
+    for layer in {place.layer for place in places.values()}:
+        layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])
+    for name, part in patch.tensors.items():
+        layer, param, _ = places[name]
+        if adapter_name not in layer.graft_patch:
+            layer.add_slot(adapter_name, [param])
+        layer.install(adapter_name, param, part.indices, part.values, logits.get(name))
+
+
+def _require_base(config: GraftConfig, places: Mapping[str, _Place], patch: Patch) -> None:
+    """Refuse a base that has other values where the patch is than the one that the patch was made for."""
+    recorded = config.record.fingerprint if config.record else None
+    base = None if recorded is None else _base_entries(places, patch)
+    if recorded is not None and base is not None:
+        rounded = _quantized(places, patch)
+        Fingerprint.from_dict(recorded).require(base, config.base_model_name_or_path, rounded)
+
+
+def _budget(
+    config: GraftConfig, places: Mapping[str, _Place], logits: Mapping[str, torch.Tensor]
+) -> int | dict[str, int] | None:
+    """Return the budget of a learned mask whose training goes on: one number, or one for each tensor."""
+    if config.budget_scope == "tensor" and config.density is not None:
+        shapes = _shapes(places)
+        return {places[name].tensor_name: round(config.density * math.prod(shapes[name])) for name in logits}
+    return config.record.entries if config.record else None
 
 
 def _file_key(name: str, kind: str) -> str:

@@ -13,7 +13,7 @@ from ..patch.patch import Patch
 from .backends.quantized import require_float
 from .build_patch import PatchBuilder
 from .config import GraftConfig, GraftRecord
-from .modules_to_save import choose_heads
+from .modules_to_save import choose_modules
 from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
@@ -59,11 +59,11 @@ def combine(
         ValueError: One message for all arguments that are wrong; or nothing is left of the patches.
         PatchError: Values overflow.
     """
-    heads, apart = choose_heads(tuner.model, adapters, modules_to_save_from)
+    sources, apart = choose_modules(tuner.model, adapters, modules_to_save_from)
     problems = [
         *_problems(tuner, adapters, adapter_name),
         *stitch_problems(len(adapters), weights, combination_type),
-        *head_problems(adapters, modules_to_save_from, apart),
+        *module_problems(adapters, modules_to_save_from, apart),
     ]
     if problems:
         raise ValueError(" ".join(problems))
@@ -101,7 +101,7 @@ def combine(
             "modules_to_save_from": modules_to_save_from,
         },
     )
-    return config, patch, heads
+    return config, patch, sources
 
 
 def _config(tuner: PatchBuilder, adapters: Sequence[str], patch: Patch) -> GraftConfig:
@@ -156,7 +156,7 @@ def _problems(tuner: PatchBuilder, adapters: Sequence[str], adapter_name: str) -
         yield f"adapter_name must be a new one, got {adapter_name!r}. Delete that adapter, or choose another name."
 
 
-def head_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
+def module_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
     """Say what is wrong with the choice of modules to save, where those named in `apart` differ."""
     if chosen is not None and chosen not in adapters:
         yield f"modules_to_save_from must be one of the adapters, got {chosen!r}. Choose from {list(adapters)}."

@@ -16,7 +16,8 @@ from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.combine import stitch_problems
 from ..patch.patch import PatchError
 from ..tuner import GraftModel
-from ..tuner.weighted import combine, head_problems
+from ..tuner.modules_to_save import fill_modules
+from ..tuner.weighted import combine, module_problems
 from .adapter_on_base import AdapterOnBase
 
 _ADAPTER = "default"
@@ -162,7 +163,7 @@ def _modules_to_save_source(grafts: Mapping[str, AdapterOnBase], chosen: str | N
     for name in holders[1:]:
         other = grafts[name].modules_to_save
         if first.keys() != other.keys() or not all(torch.equal(first[key], other[key]) for key in first):
-            raise ValueError(" ".join(head_problems(holders, chosen, sorted({*first, *other}))))
+            raise ValueError(" ".join(module_problems(holders, chosen, sorted({*first, *other}))))
     return holders[0]
 
 
@@ -179,11 +180,8 @@ def _load_together(grafts: Mapping[str, AdapterOnBase], source: str | None) -> P
     _require_modules_to_save(model.base_model.model, grafts, source)
     for name, graft in grafts.items():
         tuner.fill(name, graft.patch)
-    for key, module in model.base_model.model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            prefix, stored = f"{key}.", grafts[str(source)].modules_to_save
-            values = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
-            module.modules_to_save[source].load_state_dict(values, assign=True)
+    if source is not None:
+        fill_modules(model.base_model.model, source, grafts[source].modules_to_save)
     return model
 
 

@@ -23,7 +23,7 @@ def test_saving_writes_our_card(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     told = facts(card.text)
     assert told["base"] == "[org/base](https://huggingface.co/org/base)"
-    assert told["entries"] == f"{config['entries']:,} of {config['eligible']:,} eligible (5.0084%)"
+    assert told["entries"] == f"{config['record']['entries']:,} of {config['record']['eligible']:,} eligible (5.0084%)"
     assert (told["alpha"], told["seed"], told["density"]) == ("2.5", "7", "0.05")
     assert config["record"]["fingerprint"]["sha256"][:16] in told["fingerprint of the base"]
     sizes = [(tmp_path / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json")]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter_cards import METRICS, save
 from peft_graft import PatchError
-from peft_graft.adapter_files.summary import SavedAdapter, fetch_adapter, read_saved, recorded
+from peft_graft.adapter_files.summary import SavedAdapter, current_fields, fetch_adapter, read_saved
 from peft_graft.patch.patch import Patch
 from peft_graft.workflows.push import write_card
 
@@ -128,11 +128,12 @@ def test_only_whole_grafts_are_read(tmp_path: Path) -> None:
         read_saved(tmp_path)
 
 
-def test_results_are_read_from_their_block_and_from_beside_the_choices() -> None:
+def test_fields_of_0_1_0_get_the_names_of_today() -> None:
     record = {"entries": 3, "provenance": {"versions": {"peft": "1"}}}
-    assert recorded({"density": 0.1, "record": record}) == record
-    assert recorded({"density": 0.1, **record}) == record
-    assert recorded({"density": 0.1, "record": None}) == {}
+    today = {"density": 0.1, "budget_scope": "tensor", "candidate_ratio": 2.0, "record": record}
+    assert current_fields({"density": 0.1, "scope": "tensor", "candidates": 2.0, **record}) == today
+    assert current_fields(today) == today
+    assert current_fields({"density": 0.1, "record": None}) == {"density": 0.1, "record": None}
 
 
 def test_a_directory_is_fetched_as_it_is(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import public_base, public_name
-from .summary import SavedAdapter, recorded
+from .summary import SavedAdapter
 from .versions import PACKAGES, installed_versions
 
 TITLE = "Skill graft"
@@ -189,13 +189,14 @@ def _sentence_on_data(metrics: Mapping[str, Any]) -> str:
 def _facts(saved: SavedAdapter) -> list[tuple[str, str]]:
     """Return the rows of the table of facts: origin, budget and size of the patch."""
     config, modules = saved.config, saved.modules_to_save_bytes
-    scope = config.get("budget_scope", config.get("scope"))  # "scope" in adapters of 0.1.0
     whole = f" (of which {sum(modules.values()):,} for `modules_to_save`)" if modules else ""
     found = {
         "base": _named(public_base(config.get("base_model_name_or_path")), config.get("revision")),
         "fingerprint of the base": _fingerprint(saved.record.get("fingerprint") or {}),
         "donor": _donor(config),
-        "rule": f"`{config.get('selection')}`, scope `{scope}`, granularity `{config.get('granularity')}`",
+        "rule": "`{}`, scope `{}`, granularity `{}`".format(
+            *map(config.get, ("selection", "budget_scope", "granularity"))
+        ),
         "density": config.get("density"),
         "entries": _entries(saved),
         "bytes": f"{saved.tensors_bytes:,} for the tensors{whole}, {saved.config_bytes:,} for the configuration",
@@ -227,7 +228,7 @@ def _alpha(alpha: Any) -> Any:
 
 def _donor(config: Mapping[str, Any]) -> str:
     """Return the origin of the values: a model, zeros, or the grafts that were combined into this one."""
-    provenance = recorded(config).get("provenance") or {}
+    provenance = (config.get("record") or config).get("provenance") or {}  # of an adapter, or a part of one
     parts = provenance.get("adapters")
     if parts:
         how = provenance.get("combination_type")

@@ -23,6 +23,7 @@ from .hub_names import CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 RECORDED = ("base_model_type", "eligible", "entries", "fingerprint", "provenance")
+_RENAMED = {"scope": "budget_scope", "candidates": "candidate_ratio"}  # since 0.1.0
 
 _HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -65,8 +66,8 @@ class SavedAdapter:
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """The recorded results of the configuration, see `recorded`."""
-        return recorded(self.config)
+        """The recorded results of the configuration, as far as there are any."""
+        return self.config.get("record") or {}
 
     def load_patch(self) -> Patch:
         """Return the patch, which is read and validated by the first call.
@@ -155,17 +156,20 @@ def read_saved(directory: str | os.PathLike[str]) -> SavedAdapter | None:
     return SavedAdapter(path, config) if config.get("peft_type") == "GRAFT" else None
 
 
-def recorded(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the recorded results of an adapter's configuration, apart from the choices that it was made with.
+def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an `adapter_config.json` under today's names.
 
     Args:
-        config: Fields of `adapter_config.json`: the results in a block "record", or beside the choices (0.1.0).
+        fields: Fields as today's versions write them, which stay as they are, or as 0.1.0 did: all recorded results
+            stood beside the choices, two of which had other names.
 
     Returns:
-        The results: `base_model_type`, `eligible`, `entries`, `fingerprint` and `provenance`, as far as there are any.
+        The fields, with the results in the block "record".
     """
-    record = config.get("record")
-    return record if isinstance(record, Mapping) else {key: config[key] for key in RECORDED if key in config}
+    if "provenance" not in fields:
+        return dict(fields)
+    choices = {_RENAMED.get(name, name): value for name, value in fields.items() if name not in RECORDED}
+    return choices | {"record": {name: fields[name] for name in RECORDED if name in fields}}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise PatchError(
             f"adapter config must be JSON, got {str(path)!r} ({error}). Save or download it again."
         ) from error
-    return config if isinstance(config, dict) else {}
+    return current_fields(config) if isinstance(config, dict) else {}
 
 
 def fetch_adapter(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:

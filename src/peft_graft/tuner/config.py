@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapter_files.card import refresh_card
 from ..adapter_files.hub_names import strip_local_paths
+from ..adapter_files.summary import current_fields
 from ..peft_compat.register import GRAFT
 from ..selection.rules import RULES
 
@@ -225,20 +226,10 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _current_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the fields of an `adapter_config.json` of peft-graft 0.1.0 into today's; today's stay as they are."""
-    if "provenance" not in given:  # 0.1.0 wrote the results beside the choices, all of them
-        return dict(given)
-    renamed = {"scope": "budget_scope", "candidates": "candidate_ratio"}
-    results = {each.name for each in fields(GraftRecord)}
-    choices = {renamed.get(name, name): value for name, value in given.items() if name not in results}
-    return choices | {"record": {name: given[name] for name in results & given.keys()}}
-
-
 def _with_current_fields(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: GraftConfig, *args: Any, **given: Any) -> None:
-        init(self, *args, **_current_fields(given))
+        init(self, *args, **current_fields(given))
 
     return __init__
 

@@ -30,7 +30,7 @@ def test_saving_writes_our_card(tmp_path: Path) -> None:
     of_modules = "of which 204 for `modules_to_save`"
     assert told["bytes"] == f"{sizes[0]:,} for the tensors ({of_modules}), {sizes[1]:,} for the configuration"
     assert told["modules_to_save"] == "`classifier`"
-    assert f"- torch {config['provenance']['versions']['torch']}" in card.text
+    assert f"- torch {config['record']['provenance']['versions']['torch']}" in card.text
     assert "num_labels=3" in card.text
     assert "Measured" not in card.text and "[More Information Needed]" not in card.text
 

@@ -1,4 +1,4 @@
-"""PatchBuilder: read the donor tensor by tensor, take the budget, give every layer its entries."""
+"""Build a patch: read the donor tensor by tensor, take the budget, give every layer its entries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
 
 
 class PatchBuilder:
-    """What a `GraftModel` does with its donors."""
+    """The part of a `GraftModel` that opens donors and builds patches from them."""
 
     model: nn.Module
     peft_config: dict[str, Any]
@@ -49,7 +49,7 @@ class PatchBuilder:
                 yield module
 
     def targets(self, adapter_name: str) -> dict[str, Target]:
-        """Tensors the adapter may patch, by name in the unwrapped model, sorted; tied tensors once.
+        """Find the tensors that the adapter may patch, by name in the unwrapped model, sorted; tied tensors once.
 
         Returns:
             (layer, parameter) by tensor name.
@@ -66,7 +66,7 @@ class PatchBuilder:
         return dict(sorted(found.items()))
 
     def base_tensors(self, targets: Mapping[str, Target]) -> Mapping[str, torch.Tensor]:
-        """The base's own values by tensor name; sharded ones are gathered when their turn comes."""
+        """Return the base's own values by tensor name; sharded ones are gathered when their turn comes."""
         return WholeTensors({name: partial(layer.own_values, param) for name, (layer, param) in targets.items()})
 
     def open_donor(self, adapter_name: str, token: str | bool | None = None) -> Donor:
@@ -84,7 +84,7 @@ class PatchBuilder:
 
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
-        self.donor_names(adapter_name)  # another architecture is told by its body, before its head is looked at
+        self.donor_names(adapter_name)  # first, because the body tells another architecture better than the head does
         graft_modules(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.kind == "scored":
@@ -93,7 +93,7 @@ class PatchBuilder:
             self.build_patch(adapter_name)
 
     def donor_names(self, adapter_name: str, donor: Donor | None = None) -> dict[str, str]:
-        """Donor tensor name by base tensor name, for every targeted tensor.
+        """Find the donor's name of every targeted tensor, by its name in the base.
 
         Args:
             adapter_name: Name of the adapter.
@@ -128,7 +128,7 @@ class PatchBuilder:
 
         Args:
             adapter_name: Name of the adapter.
-            measured: What the rule needs from data, by tensor name, broadcastable to the tensor.
+            measured: Measurement that the rule needs, by tensor name, broadcastable to the tensor; None for none.
             show_progress_bar: Show a progress bar; None for one where there are many entries to read.
 
         Raises:
@@ -162,7 +162,7 @@ class PatchBuilder:
         state.ready = config.alpha != "auto" and rule.kind != "procedure"
 
     def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
-        """Make the patch from a mask that is already known.
+        """Build the patch from a mask that is already known.
 
         Args:
             adapter_name: Name of the adapter.

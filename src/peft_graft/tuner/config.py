@@ -1,4 +1,4 @@
-"""GraftConfig: what to graft, from which donor, how much of it and how it is chosen."""
+"""GraftConfig: the donor, the budget and the rule of a graft, and the results on record."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class GraftConfig(PeftConfig):
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the patch comes from a saved adapter, so that no donor is looked for."""
+        """Whether the config belongs to a finished patch, so that no donor is needed."""
         return self.record is not None and self.record.fingerprint is not None
 
     @property

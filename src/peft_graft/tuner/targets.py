@@ -1,4 +1,4 @@
-"""Which modules of a model can carry a patch, and which do by default."""
+"""Find the modules of a model that can carry a patch, and those that do by default."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .parameter_hooks import CHILD_NAME
 if TYPE_CHECKING:
     from .config import GraftConfig
 
-COMPILED = f"{_COMPILED}."  # what torch.compile puts before the names of a model
+COMPILED = f"{_COMPILED}."  # torch.compile puts it before the names of a model
 
 
 def is_wrappable(module: nn.Module) -> bool:
-    """Whether the module is a unit: it owns parameters and no submodule of it does (or it is an attention unit)."""
+    """Return whether a module is wrapped as one: only it owns parameters, no submodule; or it is an attention unit."""
     if isinstance(module, nn.MultiheadAttention):
         return True
     inside = sum(1 for _ in module.parameters())
@@ -36,7 +36,7 @@ def is_wrappable(module: nn.Module) -> bool:
 
 
 def reason_to_refuse(module: nn.Module) -> str | None:
-    """Why a module cannot be patched, or None."""
+    """Return the reason why a module cannot be patched, or None."""
     if parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
     if isinstance(module, nn.RNNBase):
@@ -55,7 +55,7 @@ def reason_to_refuse(module: nn.Module) -> str | None:
 
 
 def refuse(key: str, module: nn.Module) -> None:
-    """Raise for a module that cannot be patched.
+    """Refuse a module that cannot be patched.
 
     Raises:
         ValueError: Names the module and says why.
@@ -69,7 +69,7 @@ def refuse(key: str, module: nn.Module) -> None:
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Names of a model's head: its output embeddings, and what lies outside of a transformers model's backbone."""
+    """Find the names of a model's head: its output embeddings, and what lies outside of its backbone."""
     heads: set[str] = set()
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
@@ -164,7 +164,7 @@ def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
 
 
 def _is_wanted(config: GraftConfig, key: str) -> bool:
-    """Whether `exclude_modules`, `modules_to_save` and `layers_to_transform` let a module be grafted."""
+    """Return whether `exclude_modules`, `modules_to_save` and `layers_to_transform` let a module be grafted."""
     probe = copy.copy(config)
     probe.target_modules = {key}
     if not check_target_module_exists(probe, key):
@@ -175,7 +175,7 @@ def _is_wanted(config: GraftConfig, key: str) -> bool:
 
 
 def _shortened(names: list[str], others: list[str]) -> set[str] | str:
-    """Suffixes that match these modules and no others, or a regular expression where there are none."""
+    """Find suffixes that match these modules and no others, or else build a regular expression."""
     short = find_minimal_target_modules(names, others) if names and others else set(names)
 
     def matches(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Several live grafts into one: their patches stitched, and the config of the graft that takes them."""
+"""Combine several live grafts into one: stitch their patches, and make the config of the new graft."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .modules_to_save import choose_modules
 from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
-_ORIGIN = ("donor", "donor_revision", "selection", "alpha")  # what is kept of the config of a source
+_ORIGIN = ("donor", "donor_revision", "selection", "alpha")  # fields of a source that the new graft records
 
 
 def read_patch(tuner: PatchBuilder, adapter_name: str, with_alpha: bool) -> Patch:
@@ -49,14 +49,14 @@ def combine(
         weights: One for each.
         adapter_name: Name of the new adapter.
         combination_type: A name in `COMBINATIONS`.
-        modules_to_save_from: Whose modules to save to take.
-        base: (name, flat indices) -> the base's values, where the model has none; by default the model's.
+        modules_to_save_from: The adapter whose modules to save to take.
+        base: Function from a tensor's name and flat indices to the base's values; by default reads the model.
 
     Returns:
-        The new adapter's config, its patch, and whose copy it takes of each module to save, by the module's key.
+        The new adapter's config, its patch, and the adapter to copy each module to save from, by the module's key.
 
     Raises:
-        ValueError: One message for all arguments that are wrong; or nothing is left of the patches.
+        ValueError: Arguments are wrong, all of which the message names; or nothing is left of the patches.
         PatchError: Values overflow.
     """
     sources, apart = choose_modules(tuner.model, adapters, modules_to_save_from)
@@ -105,7 +105,7 @@ def combine(
 
 
 def _config(tuner: PatchBuilder, adapters: Sequence[str], patch: Patch) -> GraftConfig:
-    """The config of a graft that needs no donor and targets what any of the adapters does."""
+    """Make the config of a graft that needs no donor and targets the tensors of all adapters."""
     first = tuner.peft_config[adapters[0]]
     targets = {name: target for adapter in adapters for name, target in tuner.targets(adapter).items()}
     bare = sorted(name for name, (layer, _) in targets.items() if isinstance(layer, ParameterHooks))
@@ -157,11 +157,11 @@ def _problems(tuner: PatchBuilder, adapters: Sequence[str], adapter_name: str) -
 
 
 def module_problems(adapters: Sequence[str], chosen: str | None, apart: Sequence[str]) -> Iterator[str]:
-    """Say what is wrong with the choice of modules to save, where those named in `apart` differ."""
+    """Yield a message for each mistake in the choice of modules to save, where those named in `apart` differ."""
     if chosen is not None and chosen not in adapters:
         yield f"modules_to_save_from must be one of the adapters, got {chosen!r}. Choose from {list(adapters)}."
     elif apart:
         yield (
             f"modules_to_save must be the same in all adapters, got different {list(apart)}. "
-            "Say whose to take with modules_to_save_from."
+            "Choose an adapter with modules_to_save_from."
         )

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub_names import public_base, public_name
 from .summary import SavedAdapter
+from .task_types import task_names
 from .versions import PACKAGES, installed_versions
 
 TITLE = "Skill graft"
@@ -26,15 +27,6 @@ _LEGEND = {
     "ece": "ece: expected calibration error; lower is better.",
     "agreement": "agreement: share of the rows on which a model decides as the donor does.",
     "forgotten": "forgotten: share of the rows that the base gets right and this model does not.",
-}
-# PEFT's task_type: the Hub's pipeline tag, and the class that loads base and adapter at once.
-_TASKS = {
-    "SEQ_CLS": ("text-classification", "AutoPeftModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "AutoPeftModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoPeftModelForQuestionAnswering"),
-    "CAUSAL_LM": ("text-generation", "AutoPeftModelForCausalLM"),
-    "SEQ_2_SEQ_LM": (None, "AutoPeftModelForSeq2SeqLM"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoPeftModelForFeatureExtraction"),
 }
 
 
@@ -65,7 +57,8 @@ def update_metadata(
     tag = _ADAPTER_TAG + base if base else None
     kept = [one for one in (data.tags or []) if not one.startswith(_ADAPTER_TAG)]
     data.tags = sorted({*kept, *tags, *TAGS, *([tag] if tag else [])})
-    pipeline_tag, _ = _TASKS.get(saved.config.get("task_type") or "", (None, None))
+    task = task_names(saved.config.get("task_type"))
+    pipeline_tag = task.pipeline_tag if task else None
     data.pipeline_tag = data.pipeline_tag or pipeline_tag
     ours = tuple(f"({name})" for name in _MODELS)
     results = list(data.eval_results or [])
@@ -149,7 +142,8 @@ def render(
     """
     scores = {name: _scores(metrics or {}, name) for name in _MODELS}
     shown = [metric for metric in _METRICS if any(metric in values for values in scores.values())]
-    _, auto_class = _TASKS.get(saved.config.get("task_type") or "", (None, None))
+    task = task_names(saved.config.get("task_type"))
+    auto_class = task.peft_class if task else None
     return ModelCard.from_template(
         data,
         template_str=template(),

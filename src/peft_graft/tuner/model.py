@@ -24,7 +24,7 @@ from .apply.per_row import rows_of
 from .backends.offloaded import identity, own_names, require_memory
 from .backends.quantized import find_backend, require_float
 from .backends.sharded import gather_with, is_partitionable
-from .build_patch import PatchBuilder, Target
+from .build_patch import Target
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .mask import GraftState, GraftStates
@@ -77,7 +77,7 @@ def require_no_other_method(model: nn.Module) -> None:
         )
 
 
-class GraftModel(PatchMaker, BaseTuner):
+class GraftModel(PatchBuilder, BaseTuner):
     """Graft a donor's skill into a base: theta = theta_base + alpha * mask * (theta_donor - theta_base).
 
     Made by `get_peft_model(base, GraftConfig(...))` or `PeftModel.from_pretrained(base, path)`.

@@ -9,6 +9,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..adapter_files.task_types import task_names
 from ..checkpoints.pairing import Donor, ZerosDonor, resolve_names, stream
 from .backends.sharded import GATHER, is_sharded, whole_shape
 from .targets import COMPILED
@@ -17,15 +18,11 @@ if TYPE_CHECKING:
     from .config import GraftConfig
 
 
-# For these tasks PEFT names the head only after the graft is made, in the config that the user passed.
-_NAMED_LATE = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-
-
 def name_modules(config: GraftConfig) -> None:
     """Name a task's head among the modules to save, as PEFT does, but before they are wrapped."""
-    heads = _NAMED_LATE.get(str(getattr(config.task_type, "value", config.task_type)), [])
-    if heads:
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    task = task_names(config.task_type)
+    if task and task.late_modules:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *task.late_modules]))
 
 
 class DonorModule(ModulesToSaveWrapper):

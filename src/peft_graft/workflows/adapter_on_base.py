@@ -10,33 +10,17 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from ..adapter_files.hub_names import CONFIG_FILE
 from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
+from ..adapter_files.task_types import task_names
 from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
 from ..patch.patch import Fingerprint, Patch, PatchError
 from ..tuner import GraftConfig
-
-_AUTO_CLASSES: dict[str, Any] = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": AutoModel,
-}
 
 
 class FileEdit(NamedTuple):
@@ -108,7 +92,9 @@ class AdapterOnBase:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._names = self._resolve_names()
         self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
-        Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {}).require(self._base_values, recorded)
+        Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {}).require(
+            self._base_values, recorded
+        )
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
@@ -213,7 +199,8 @@ def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor],
 def _auto_class(config: GraftConfig) -> Any:
     """Return the class that loads the base, as PEFT's auto classes choose it; None for the base's own class."""
     if config.task_type is not None:
-        return _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+        task = task_names(config.task_type)
+        return getattr(transformers, task.auto_class) if task else None
     name = (config.auto_mapping or {}).get("base_model_class", "")
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
+from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import (
@@ -40,13 +41,7 @@ from ..tuner import GraftConfig, GraftModel
 _ADAPTER = "default"
 # Entries that are encoded at the same time, at about 50 bytes each.
 _ENTRIES_IN_FLIGHT = 1 << 22
-_TASKS = {
-    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-}
+_TASKS = {name: getattr(modeling_auto, task.mapping) for name, task in TASK_TYPES.items() if task.mapping}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from grafts import DTYPES, FAMILIES, MLP, TASKS, graft, held, output, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_roberta, tiny_vit
-from peft_graft import Patch, PatchError, initialize_graft
+from peft_graft import GraftConfig, Patch, PatchError, initialize_graft
+from peft_graft.patch import patch as patch_module
+from peft_graft.patch.patch import TensorPatch
 
 FRESH = """
 import sys, torch
@@ -344,3 +346,35 @@ def test_a_learned_mask_is_packed(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert sum(map(len, held(loaded).values())) == 5
     assert same_bits(output(loaded, x), output(model, x))
+
+
+def test_a_patch_in_memory_is_installed_as_a_copy_without_coding(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = MLP()
+    model = graft(base, perturbed(base), density=0.3, adapter_name="x")
+    model.add_adapter("y", GraftConfig(donor="zeros", density=0.2))
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a patch was coded")
+
+    monkeypatch.setattr(patch_module, "encode_indices", refuse)
+    monkeypatch.setattr(patch_module, "decode_indices", refuse)
+    patch, x = model.base_model.patch("x"), torch.ones(2, 4)
+    model.base_model.fill("y", patch)
+    assert held(model, "y") == held(model, "x")
+    model.set_adapter("y")
+    before = output(model, x)
+    for part in patch.tensors.values():
+        part.values.zero_()
+    assert same_bits(output(model, x), before) and not same_bits(before, output(base, x))
+
+
+def test_a_patch_in_memory_that_does_not_fit_is_refused() -> None:
+    model = graft(MLP(), "zeros", density=0.2)
+    one = torch.tensor([0])
+    for tensors, message in (
+        ({}, "adapter must hold a patch"),
+        ({"third.weight": TensorPatch(one, one.float())}, "third.weight"),
+        ({"first.bias": TensorPatch(one + 6, one.float())}, "first.bias"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            model.base_model.fill("default", Patch(tensors))

@@ -368,7 +368,7 @@ def head(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
 def test_different_heads_are_a_choice(tmp_path: Path) -> None:
     model, batch = with_heads(), inputs(tiny_bert())
     with pytest.raises(
-        ValueError, match=r"must be the same in all adapters, got different \['classifier'\]. Say whose"
+        ValueError, match=r"must be the same in all adapters, got different \['classifier'\]. Choose an adapter"
     ):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new")
     assert "new" not in model.peft_config and "new" not in model.base_model.model.classifier.modules_to_save

@@ -102,7 +102,6 @@ def test_every_option_means_what_it_means_in_memory(options: dict[str, Any], tmp
     assert len(list(base.glob("*.safetensors"))) > 3
     config = GraftConfig(**copy.deepcopy({"donor": str(donor), "task_type": "SEQ_CLS", **options}))
     expected = reference(base, config, tmp_path / "reference", type(models.tiny_bert()))
-    options["budget_scope"] = options.pop("scope", "global")
     extract(base, donor, tmp_path / "out", task_type="SEQ_CLS", **options)
     assert_same_files(tmp_path / "out", expected)
 

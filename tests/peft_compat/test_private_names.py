@@ -24,7 +24,7 @@ from torch import nn
 import peft_graft
 from peft_graft.peft_compat import peft_names, private_names, torch_names
 from peft_graft.peft_compat.private_names import AT_IMPORT, LIBRARIES, NAMES, PrivateName, is_there, require_names
-from peft_graft.peft_compat.transformers_names import default_callbacks, is_experts
+from peft_graft.peft_compat.transformers_names import is_experts
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "peft_graft"
@@ -140,16 +140,6 @@ def test_attributes_of_instances_are_looked_for_where_they_are_set(monkeypatch: 
         require_names()
 
 
-def test_a_trainer_without_default_callbacks_is_refused_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import trainer
-
-    assert default_callbacks() is trainer.DEFAULT_CALLBACKS
-    monkeypatch.delattr(trainer, "DEFAULT_CALLBACKS")
-    require_names()
-    with pytest.raises(ImportError, match=r"transformers \S+ lacks transformers\.trainer\.DEFAULT_CALLBACKS"):
-        default_callbacks()
-
-
 def test_one_message_names_what_all_libraries_lack() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
@@ -219,7 +209,7 @@ def offences(tree: ast.Module, own: set[str]) -> Iterator[str]:
 def _needs_row(row: PrivateName) -> bool:
     """Whether a name is surely the library's: other rooms have public names from `peft_compat`."""
     last = row.name.rpartition(".")[2]
-    return _is_private(last) or row.library in ("bitsandbytes", "deepspeed") or last == "DEFAULT_CALLBACKS"
+    return _is_private(last) or row.library in ("bitsandbytes", "deepspeed")
 
 
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
@@ -246,7 +236,6 @@ def test_private_names_of_others_are_in_one_room(path: Path) -> None:
         "name.replace('_orig_mod.', '')",
         "model._tied_weights_keys",
         "hasattr(parameter, 'ds_tensor')",
-        "trainer.DEFAULT_CALLBACKS.append(x)",
     ],
 )
 def test_private_names_are_seen(source: str) -> None:

@@ -24,7 +24,7 @@ from .apply.per_row import rows_of
 from .backends.offloaded import identity, own_names, require_memory
 from .backends.quantized import find_backend, require_float
 from .backends.sharded import gather_with, is_partitionable
-from .build_patch import Target
+from .build_patch import PatchBuilder, Target
 from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .mask import GraftState, GraftStates

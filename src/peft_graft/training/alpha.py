@@ -141,7 +141,8 @@ def _fit_one(
 
     def loss_at(log_alpha: float) -> float:
         state.trial = math.exp(log_alpha)
-        loss = mean_loss(model, batches, loss_fn)
+        with tuner.applied():  # written once for all batches
+            loss = mean_loss(model, batches, loss_fn)
         bar.update()
         bar.set_postfix(alpha=f"{state.trial:.3g}", loss=f"{loss:.4f}")
         return loss if math.isfinite(loss) else math.inf

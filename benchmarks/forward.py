@@ -1,9 +1,11 @@
 """Measure the forward pass of a loaded patch, unmerged and merged, against the base without it.
 
     python benchmarks/forward.py --shapes bert gpt2 llama --out benchmarks/results/speed/forward.csv
+    python benchmarks/forward.py --shapes pretrained --pretrained path/to/SmolLM2-135M-Instruct
 
-`unmerged` runs the patch with alpha = 1, `scaled` with another alpha, and `merged` after `merge_adapter()`; `lora r=8`
-is an unmerged LoRA of PEFT. All run without gradients. Tokens are batch x length: 1x1 is one step of decoding.
+`unmerged` runs the patch with alpha = 1, `scaled` with another alpha, `applied` inside of `with model.applied():`, and
+`merged` after `merge_adapter()`; `lora r=8` is an unmerged LoRA of PEFT. All run without gradients. Tokens are batch x
+length: 1x1 is one step of decoding.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,16 +31,21 @@ def contenders(shape: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     for name, alpha in (("unmerged", 1.0), ("scaled", 2.5), ("merged", 1.0)):
         models[name] = get_peft_model(copy.deepcopy(base), GraftConfig(donor=donor, density=args.density, alpha=alpha))
     models["merged"].merge_adapter()
+    models["applied"] = copy.deepcopy(models["unmerged"])
     models["lora r=8"] = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=timing.LINEARS[shape]))
     return {name: model.eval() for name, model in models.items()}
 
 
-def runner(model: nn.Module, ids: torch.Tensor, repeat: int, device: str) -> Callable[[], dict[str, float]]:
+def runner(
+    model: nn.Module, ids: torch.Tensor, repeat: int, device: str, applied: bool
+) -> Callable[[], dict[str, float]]:
     """Return a function that runs the model `repeat` times and returns the seconds of one pass."""
 
     def run() -> dict[str, float]:
-        began = timing.clock(device)
-        with torch.no_grad():
+        with torch.no_grad(), model.applied() if applied else nullcontext():
+            if applied:
+                model(input_ids=ids)  # writes the patch, once for all that follow
+            began = timing.clock(device)
             for _ in range(repeat):
                 model(input_ids=ids)
         return {"seconds": (timing.clock(device) - began) / repeat}
@@ -58,7 +66,11 @@ def main() -> None:
         for tokens in args.tokens:
             batch, length = map(int, tokens.split("x"))
             ids, repeat = timing.tokens(batch, length, args.device), max(1, 256 // (batch * length))
-            runs = {name: runner(model, ids, min(repeat, 20), args.device) for name, model in models.items()}
+            repeat = min(repeat, 20)
+            runs = {
+                name: runner(model, ids, repeat, args.device, applied=name == "applied")
+                for name, model in models.items()
+            }
             layers = args.layers or timing.LAYERS[shape]
             about = {"shape": shape, "layers": layers, "tokens": tokens, "density": args.density}
             found = timing.table(timing.race(runs, args.rounds, args.seed, args.device), reference="base")

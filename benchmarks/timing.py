@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from flags import Flags
 
@@ -51,7 +51,8 @@ LINEARS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-LAYERS = {"bert": 4, "gpt2": 4, "llama": 2}
+LINEARS["pretrained"] = LINEARS["llama"]
+LAYERS = {"bert": 4, "gpt2": 4, "llama": 2, "pretrained": 0}
 VOCAB_SIZE = 512
 
 
@@ -73,9 +74,10 @@ def parser_of_shapes(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """Return a parser for benchmarks that measure several shapes, with a few layers of each."""
     made = parser(doc, rounds)
     made.add_argument(
-        "--shapes", nargs="+", default=["bert"], choices=sorted(SHAPES), help="models whose layers to build"
+        "--shapes", nargs="+", default=["bert"], choices=[*sorted(SHAPES), "pretrained"], help="models to build"
     )
     made.add_argument("--layers", type=int, help=f"layers of each (default: {LAYERS})")
+    made.add_argument("--pretrained", help="directory of a Llama-like causal LM, for the shape `pretrained`")
     return made
 
 
@@ -116,7 +118,9 @@ def start(args: argparse.Namespace) -> None:
 
 
 def build(shape: str, layers: int, args: argparse.Namespace) -> nn.Module:
-    """Return a model with random weights and without dropout."""
+    """Return a model without dropout: of random weights, or the causal LM of `--pretrained` in its own dtype."""
+    if shape == "pretrained":
+        return AutoModelForCausalLM.from_pretrained(args.pretrained).to(args.device).eval()
     model = SHAPES[shape](layers).to(args.device, getattr(torch, args.dtype))
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -373,15 +373,15 @@ class GraftModel(PatchBuilder, BaseTuner):
     def applied(self) -> Iterator[None]:
         """Keep the active patches in place for as long as this context lasts, for many batches without gradients.
 
-        Every layer's patch is written when the layer first runs, and taken off, bit for bit, at the end; also after
-        an exception. Adapters, alpha and masks may change meanwhile. A module outside of this model that shares its
-        weights sees the patches.
+        Every layer's patch is written once, and the base's bits are restored at the end, also after an exception.
+        Adapters, alpha and masks may change meanwhile. A module outside of this model that shares its weights sees the
+        patches.
 
             with torch.no_grad(), model.applied():
                 for batch in batches:
                     model(**batch)
         """
-        with applied(self.states):
+        with applied(self.states, self._layers()):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -389,7 +389,7 @@ class GraftModel(PatchBuilder, BaseTuner):
 
         A module outside of this model that shares its weights sees the patches meanwhile.
         """
-        with applied(self.states):
+        with applied(self.states, self._layers()):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,12 @@ class AppliedScope:
 
 
 @contextmanager
-def applied(states: GraftStates) -> Iterator[None]:
+def applied(states: GraftStates, layers: Iterable[GraftLayer] = ()) -> Iterator[None]:
     """Let patches stay in place until a model's call ends; calls inside of it share them.
 
     Args:
         states: The states that the model's layers share.
+        layers: Layers to patch at once, so that also a forward that is compiled inside finds them patched.
     """
     if is_traced():
         yield
@@ -98,6 +99,9 @@ def applied(states: GraftStates) -> Iterator[None]:
     scope = AppliedScope(states)
     try:
         states.scopes[thread] = scope
+        with torch.no_grad():
+            for layer in layers:
+                scope.has(layer)
         yield
     finally:
         try:
@@ -131,14 +135,22 @@ def lease_all(layer: GraftLayer, leases: list[PatchLease]) -> bool:
 
 
 def _lease(
-    layer: GraftLayer, param: str, parameter: torch.Tensor, patch: ResolvedTensor, leases: list[PatchLease]
+    layer: GraftLayer,
+    param: str,
+    parameter: torch.Tensor,
+    patch: ResolvedTensor,
+    leases: list[PatchLease],
+    adapter_names: list[str] | None = None,
 ) -> bool:
     """Write a patch into one parameter, resolved anew where the base has changed since."""
     if not can_write(parameter):
         return False
+    if patch.expected is not None and parameter.device.type != "cpu":
+        # Comparing with the base would wait for the device; computing the values again does not.
+        patch = layer.resolve(param, adapter_names)._replace(expected=None)
     lease = PatchLease(parameter)
     leases.append(lease)
-    return lease.acquire(patch) or (patch.expected is not None and lease.acquire(layer.resolve(param)))
+    return lease.acquire(patch) or (patch.expected is not None and lease.acquire(layer.resolve(param, adapter_names)))
 
 
 def run(layer: GraftLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -237,8 +249,10 @@ def patched(layer: GraftLayer, adapter_names: list[str] | None = None) -> Iterat
     try:
         for param in layer.keys:
             parameter = layer.base_parameter(param)
-            if in_place and _lease(layer, param, parameter, layer.resolve(param, adapter_names), leases):
-                continue
+            if in_place:
+                patch = layer.resolve(param, adapter_names)
+                if _lease(layer, param, parameter, patch, leases, adapter_names):
+                    continue
             tensor = effective(layer, param, adapter_names)
             if tensor is None:
                 continue

@@ -15,7 +15,6 @@ import pytest
 import transformers
 import yaml
 
-import peft_graft
 import tasks
 from graft import batches
 from models import perturbed, tiny_bert
@@ -28,41 +27,6 @@ PAGES = sorted(DOCS.rglob("*.md"))
 # ```python runs; ```py is only shown.
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.S | re.M)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
-
-
-# Until the package has these names, the pages are run with the old ones; then this block and `as_it_stands` go.
-VERBS = {
-    "extract": ("extract", "extract"),
-    "stitch": ("stitch", "stitch_adapters"),
-    "export": ("export", "export"),
-    "push": ("push", "push"),
-    "inspect": ("inspect", "read_anatomy"),
-    "diff": ("diff", "compare"),
-}
-OLD_NAMES = {
-    "candidate_ratio=": "candidates=",
-    "budget_scope=": "scope=",
-    "show_progress_bar=": "progress=",
-    ".record.": ".",
-}
-
-
-def as_it_stands(code: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Translate a page for a package that does not have the new names yet."""
-    if not hasattr(peft_graft, "extract"):
-        for verb, (module, function) in VERBS.items():
-            found = getattr(importlib.import_module(f"peft_graft.workflows.{module}"), function)
-            monkeypatch.setattr(peft_graft, verb, found, raising=False)
-
-        def extract(base: str, donor: str, output_dir: str, *, density: float | None = None, **options: bool) -> object:
-            function = importlib.import_module("peft_graft.workflows.extract").extract
-            return function(base, peft_graft.GraftConfig(donor=donor, density=density), output_dir, **options)
-
-        monkeypatch.setattr(peft_graft, "extract", extract)
-    if "candidate_ratio" not in peft_graft.GraftConfig.__dataclass_fields__:
-        for new, old in OLD_NAMES.items():
-            code = code.replace(new, old)
-    return code
 
 
 def name_of(page: Path) -> str:
@@ -103,7 +67,7 @@ def test_code_runs(
     code = code_of(page).replace("path/to/base", world["base"]).replace("path/to/donor", world["donor"])
     code = code.replace("path/to/other_donor", str(other))
     # The pages show the densities of real models; these have a few thousand entries.
-    code = as_it_stands(re.sub(r"density=1e-[34]", "density=1e-2", code), monkeypatch)
+    code = re.sub(r"density=1e-[34]", "density=1e-2", code)
     exec(compile(code, str(page), "exec"), known)
 
 
@@ -118,10 +82,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    if "--output-dir" not in (ROOT / "src" / "peft_graft" / "cli" / "commands.py").read_text(encoding="utf-8"):
-        words = [word.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else word for word in words]
-    build_parser().parse_args(words)
+    build_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 # Errors that are quoted but raised elsewhere.

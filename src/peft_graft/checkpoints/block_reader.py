@@ -67,7 +67,7 @@ class PairedReader:
 
     @property
     def nbytes(self) -> tuple[int, int]:
-        """How many bytes one pass reads of the base, and of the donor."""
+        """Return the bytes that one pass reads of the base, and of the donor."""
         base, *donor = (
             sum(size * _dtype(side[name]).itemsize for name, size in self.sizes.items()) for side in self._sides
         )

@@ -43,7 +43,7 @@ class DonorError(ValueError):
 
 
 class Extent(NamedTuple):
-    """Where the values of a tensor stand in a file, for reading them block by block.
+    """The place of a tensor's values in a file, for reading them block by block.
 
     Attributes:
         path: The file.

@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a block stands: the tensor's name in the base, the first entry's flat index, and the number of entries."""
+    """The place of a block: the tensor's name in the base, the first entry's flat index, and the number of entries."""
 
     name: str
     start: int

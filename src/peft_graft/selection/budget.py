@@ -14,7 +14,7 @@ GRANULARITIES = ("entry", "tensor", "layer")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to take from the donor, before anything is known about the tensors.
+    """The budget: how much to take from the donor, before anything is known about the tensors.
 
     Args:
         density: Share of the eligible entries, in (0, 1]; None where `num_params` is given.

@@ -90,12 +90,12 @@ class Rule:
 
     @property
     def needs_data(self) -> bool:
-        """Whether `initialize_graft` must see data before there is a mask."""
+        """Return whether `initialize_graft` must see data before there is a mask."""
         return self.kind in ("scored", "procedure")
 
     @property
     def trains_mask(self) -> bool:
-        """Whether the scores only say where the training of the mask starts."""
+        """Return whether the scores only say where the training of the mask starts."""
         return self.kind in ("trained", "procedure")
 
 

@@ -117,7 +117,7 @@ class Selector:
 
     @property
     def passes(self) -> int:
-        """How often the source is gone through, at most."""
+        """Return the number of passes over the source, at most."""
         if self._rule is None:
             return 1
         if self._budget.granularity != "entry":

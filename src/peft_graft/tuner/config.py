@@ -175,12 +175,12 @@ class GraftConfig(PeftConfig):
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the config belongs to a finished patch, so that no donor is needed."""
+        """Return whether the config belongs to a finished patch, so that no donor is needed."""
         return self.record is not None and self.record.fingerprint is not None
 
     @property
     def needs_data(self) -> bool:
-        """Whether `initialize_graft` must see data before the graft is complete."""
+        """Return whether `initialize_graft` must see data before the graft is complete."""
         rule = RULES.get(self.selection)
         return self.alpha == "auto" or (rule is not None and rule.needs_data)
 

@@ -77,6 +77,8 @@ NAMES = (
     PrivateName(f"{_MODULE}._parameters", "read parameters without the patch that shadows them", elsewhere=True),
     PrivateName(f"{_MODULE}._buffers", "read buffers by name", elsewhere=True),
     PrivateName(f"{_MODULE}._modules", "read submodules before __getattr__ is of use", elsewhere=True),
+    PrivateName(f"{_MODULE}._apply", "resolve patches anew when parameters are moved or cast", ("fn", "recurse"),
+                elsewhere=True),
     PrivateName(f"{_MODULE}._forward_hooks", "see who else looks into a module while it runs"),
     PrivateName(f"{_MODULE}._forward_pre_hooks", "see who looks into its inputs"),
     PrivateName(f"{_MODULE}._backward_hooks", "see who looks into its gradients"),

@@ -185,9 +185,9 @@ class TestHubCache:
         asked = []
         fetch = donor_module.snapshot_download
 
-        def spy(repo: str, revision: str, allow_patterns: list[str]) -> str:
+        def spy(repo: str, revision: str, allow_patterns: list[str], **options) -> str:
             asked.append((revision, allow_patterns))
-            return fetch(repo, revision=revision, allow_patterns=allow_patterns)
+            return fetch(repo, revision=revision, allow_patterns=allow_patterns, **options)
 
         monkeypatch.setattr(donor_module, "snapshot_download", spy)
         CheckpointDonor("org/donor", revision="main")
@@ -201,7 +201,7 @@ class TestHubCache:
         asked = []
         monkeypatch.setattr(
             "peft_graft.checkpoints.donor.snapshot_download",
-            lambda repo, revision, allow_patterns: asked.extend(allow_patterns) or str(snapshot),
+            lambda repo, revision, allow_patterns, **options: asked.extend(allow_patterns) or str(snapshot),
         )
         with pytest.raises(DonorError, match=r"no '\*\.safetensors'"):
             CheckpointDonor("org/donor")
@@ -225,16 +225,16 @@ class TestHubCache:
     def test_pickle_only_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub.errors import EntryNotFoundError
 
-        def absent(repo: str, name: str, revision: str | None) -> str:
+        def absent(repo: str, name: str, **options) -> str:
             raise EntryNotFoundError(name)
 
         monkeypatch.setattr("peft_graft.checkpoints.donor.hf_hub_download", absent)
         monkeypatch.setattr(
-            "peft_graft.checkpoints.donor.file_exists", lambda repo, name, revision: name == "pytorch_model.bin"
+            "peft_graft.checkpoints.donor.file_exists", lambda repo, name, **options: name == "pytorch_model.bin"
         )
         with pytest.raises(DonorError, match=r"pytorch_model\.bin.*safe_serialization"):
             CheckpointDonor("org/donor")
-        monkeypatch.setattr("peft_graft.checkpoints.donor.file_exists", lambda repo, name, revision: False)
+        monkeypatch.setattr("peft_graft.checkpoints.donor.file_exists", lambda repo, name, **options: False)
         with pytest.raises(DonorError, match="got neither"):
             CheckpointDonor("org/donor")
 

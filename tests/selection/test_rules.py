@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from grafts import graft, held
 from models import perturbed, tiny_bert
-from peft_graft import GraftConfig, SelectionError, initialize_graft
+from peft_graft import SelectionError, initialize_graft
 from peft_graft.selection.rules import RULES, Evidence, get_rule, register_rule, tensor_generator
 from peft_graft.workflows.extract import extract
 
@@ -123,7 +123,7 @@ def test_a_rule_of_ones_own_selects_in_memory_and_from_files(tmp_path: Path) -> 
     )
     assert kept.min() >= dropped.max()
     assert chosen != held(graft(tiny_bert(), donor, **options | {"selection": "magnitude"}))
-    extract(tmp_path / "base", GraftConfig(donor=str(tmp_path / "donor"), **options), tmp_path / "skill")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", **options)
     del RULES["relative"]  # who loads the adapter needs no rule
     assert held(PeftModel.from_pretrained(tiny_bert(), tmp_path / "skill")) == chosen
 
@@ -140,13 +140,13 @@ def test_a_rule_of_ones_own_may_be_scored_on_data_or_trained() -> None:
     batch = {"input_ids": torch.randint(5, 40, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
     model = graft(base, perturbed(base), density=0.05, selection="signed", task_type="SEQ_CLS")
     assert not held(model)
-    initialize_graft(model, [batch], progress=False)
-    config = model.peft_config["default"]
-    assert sum(map(len, held(model).values())) == config.entries == round(0.05 * config.eligible)
+    initialize_graft(model, [batch], show_progress_bar=False)
+    record = model.peft_config["default"].record
+    assert sum(map(len, held(model).values())) == record.entries == round(0.05 * record.eligible)
     trained = graft(base, perturbed(base), density=0.05, selection="trained_relative", task_type="SEQ_CLS").train()
     trainable = [parameter for name, parameter in trained.named_parameters() if parameter.requires_grad]
     logits = sum(parameter.numel() for parameter in trainable if parameter.ndim == 1)
-    assert logits >= 10 * trained.peft_config["default"].entries
+    assert logits >= 10 * trained.peft_config["default"].record.entries
 
 
 @pytest.mark.usefixtures("own")
@@ -166,9 +166,8 @@ def test_a_rule_over_whole_tensors_is_refused_for_files_only(tmp_path: Path) -> 
     base = tiny_bert()
     perturbed(base).save_pretrained(tmp_path / "donor")
     base.save_pretrained(tmp_path / "base")
-    config = GraftConfig(donor=str(tmp_path / "donor"), density=0.05, selection="share")
     with pytest.raises(SelectionError, match="one by one to read files in blocks, got 'share'"):
-        extract(tmp_path / "base", config, tmp_path / "skill")
+        extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", density=0.05, selection="share")
     assert held(graft(base, str(tmp_path / "donor"), density=0.05, selection="share"))
 
 

@@ -13,7 +13,7 @@ import torch
 from ..checkpoints.pairing import Block, Span, bits_differ
 from .budget import Budget, Units
 from .rules import Evidence, Rule, magnitude, tensor_generator
-from .topk import Counts, SelectionError, TopK, find_threshold, gather, refuse_nan, true_indices
+from .topk import Counts, SelectionError, TopK, find_threshold, gather, join, refuse_nan, true_indices
 
 # Of files, up to this many entries are selected in one pass, of which twice as many may be held: then the process takes
 # 1.8 GB.
@@ -251,7 +251,7 @@ class Selector:
         for name, group in groupby(found, key=lambda each: each[0].name):
             parts = [columns for _, columns in group if columns[0].numel()]
             if parts:
-                yield name, tuple(map(torch.cat, zip(*parts, strict=True)))
+                yield name, tuple(map(join, zip(*parts, strict=True)))
 
     def _delta(self, block: Block) -> torch.Tensor:
         delta = self._source.delta(block)

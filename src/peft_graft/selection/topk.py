@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -189,6 +189,11 @@ def true_indices(mask: torch.Tensor) -> torch.Tensor:
 def gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the values at flat indices, on the CPU; values and indices may be on different devices."""
     return values.detach().flatten()[index.to(values.device)].cpu()
+
+
+def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate 1-D tensors of one dtype, on the CPU, on one core."""
+    return torch.from_numpy(np.concatenate([_as_numpy(part) for part in parts])).view(parts[0].dtype)
 
 
 def _above(scores: torch.Tensor, threshold: float) -> torch.Tensor:

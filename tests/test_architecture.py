@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,26 @@ def _module(path: Path) -> tuple[str, ...]:
     return parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts
 
 
-def _imports(path: Path, source: str | None = None) -> set[tuple[str, ...]]:
+def _is_for_types_only(node: ast.AST) -> bool:
+    """Return whether this is `if TYPE_CHECKING:`, which only type checkers enter."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _nodes(tree: ast.AST, with_types: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if with_types or not _is_for_types_only(node):
+            yield node
+            yield from _nodes(node, with_types)
+
+
+def _imports(path: Path, source: str | None = None, with_types: bool = True) -> set[tuple[str, ...]]:
     """Modules of the package that a file imports anywhere, also inside functions, as paths below the package."""
     is_package = path.name == "__init__.py"
     here = ("peft_graft", *path.relative_to(PACKAGE).with_suffix("").parts)
     parent = here[:-1]
     found: set[tuple[str, ...]] = set()
     tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
-    for node in ast.walk(tree):
+    for node in _nodes(tree, with_types):
         if isinstance(node, ast.Import):
             targets = [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -108,7 +121,7 @@ def test_downward_imports_are_not_complained_about() -> None:
 
 
 def test_modules_do_not_import_in_circles() -> None:
-    edges = {_module(path): {target for target in _imports(path) if target} for path in FILES}
+    edges = {_module(path): {target for target in _imports(path, with_types=False) if target} for path in FILES}
     done: set[tuple[str, ...]] = set()
 
     def visit(module: tuple[str, ...], trail: tuple[tuple[str, ...], ...]) -> None:

@@ -80,7 +80,25 @@ def combine(
             f"combination must leave at least one entry, got none of {[one.num_params for one in patches]} with "
             f"combination_type={combination_type!r}. Choose another type."
         )
-    parts = [
+    config = _config(tuner, adapters, patch)
+    fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
+    config.note(
+        fingerprint=fingerprint.to_dict(),
+        provenance={
+            "combination_type": combination_type,
+            "adapters": _origins(tuner, adapters, weights, patches),
+            "conflicts": sum(conflicts(patches).values()),
+            "modules_to_save_from": modules_to_save_from,
+        },
+    )
+    return config, patch, sources
+
+
+def _origins(
+    tuner: PatchBuilder, adapters: Sequence[str], weights: Sequence[float], patches: Sequence[Patch]
+) -> list[dict[str, Any]]:
+    """Return the record of the adapters that a new graft combines."""
+    return [
         {
             "name": name,
             "weight": float(weight),
@@ -90,18 +108,6 @@ def combine(
         }
         for name, weight, one in zip(adapters, weights, patches, strict=True)
     ]
-    config = _config(tuner, adapters, patch)
-    fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
-    config.note(
-        fingerprint=fingerprint.to_dict(),
-        provenance={
-            "combination_type": combination_type,
-            "adapters": parts,
-            "conflicts": sum(conflicts(patches).values()),
-            "modules_to_save_from": modules_to_save_from,
-        },
-    )
-    return config, patch, sources
 
 
 def _config(tuner: PatchBuilder, adapters: Sequence[str], patch: Patch) -> GraftConfig:

@@ -37,6 +37,7 @@ from ..selection.budget import Budget
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
+from ..tuner.modules_to_save import fill_modules
 
 _ADAPTER = "default"
 # Entries that are encoded at the same time, at about 50 bytes each.
@@ -226,6 +227,7 @@ def _pair_targets(
 
 def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint | None) -> None:
     """Give the modules to save the donor's values, or the base's if the donor lacks them."""
+    tensors: dict[str, torch.Tensor] = {}
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or _ADAPTER not in module.modules_to_save:
             continue
@@ -234,12 +236,14 @@ def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_
         view = donor_view if donor_view is not None and wanted.keys() <= {*donor_view.names()} else base_view
         names = resolve_names(wanted, view)
         loaded = module.original_module.state_dict()
-        values = {
+        tensors |= {
             # Rounded to the base's dtype first, as a copy of the base's own module would be.
-            name: view.get(names.get(f"{key}.{name}", f"{key}.{name}")).to(loaded[name].dtype).to(empty.dtype)
+            f"{key}.{name}": view.get(names.get(f"{key}.{name}", f"{key}.{name}"))
+            .to(loaded[name].dtype)
+            .to(empty.dtype)
             for name, empty in copied.state_dict().items()
         }
-        copied.load_state_dict(values, assign=True)
+    fill_modules(model, _ADAPTER, tensors)
 
 
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:

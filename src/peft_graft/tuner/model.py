@@ -353,7 +353,7 @@ class GraftModel(PatchBuilder, BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         self._start_forward()
-        with applied(self.states) if names is None else rows_of(self.model, list(self._layers()), names):
+        with applied(self.states, self.model) if names is None else rows_of(self.model, list(self._layers()), names):
             yield
 
     def _start_forward(self) -> None:
@@ -381,7 +381,7 @@ class GraftModel(PatchBuilder, BaseTuner):
                 for batch in batches:
                     model(**batch)
         """
-        with applied(self.states, self._layers()):
+        with applied(self.states, self.model, self._layers()):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -389,7 +389,7 @@ class GraftModel(PatchBuilder, BaseTuner):
 
         A module outside of this model that shares its weights sees the patches meanwhile.
         """
-        with applied(self.states, self._layers()):
+        with applied(self.states, self.model, self._layers()):
             return cast(Any, self.model).generate(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -383,7 +383,7 @@ def test_gradients_flow_inside_of_a_call() -> None:
     base = MLP()
     model = graft(base, perturbed(base), density=0.5, selection="learned")
     x = torch.randn(5, 4)
-    with applied(model.base_model.states):
+    with applied(model.base_model.states, model):
         with torch.no_grad():
             kept = [model.base_model.model(x) for _ in range(3)]
         out = model.base_model.model(x)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..backends.offloaded import where_it_runs
+from ..backends.sharded import frees_parameters
 from .in_place import PatchLease, ResolvedTensor, can_write, is_traced, own_copy, patched_copy, release_all, uncompiled
 from .per_row import run_by_row
 from .sparse_grad import SparseGrad, is_simple, patched_run
@@ -34,10 +35,11 @@ class AppliedScope:
 
     Args:
         states: The states that the model's layers share.
+        keeps: Whether patches may stay; False where an engine frees the parameters of a module that has run.
     """
 
-    def __init__(self, states: GraftStates) -> None:
-        self.states = states
+    def __init__(self, states: GraftStates, keeps: bool = True) -> None:
+        self.states, self._keeps = states, keeps
         self.version = states.version  # of the patches that are in place
         self._leases: dict[GraftLayer, list[PatchLease]] = {}  # none where the layer's patch cannot be in place
         self._names: list[tuple[GraftLayer, list[str]]] = []
@@ -53,7 +55,7 @@ class AppliedScope:
             self.release()
             self.version = self.states.version
         leases = self._leases.get(layer)
-        if leases is None:
+        if leases is None and self._keeps:
             leases = self._leases[layer] = []
             self._acquire(layer, leases)
         return bool(leases)
@@ -76,16 +78,17 @@ class AppliedScope:
             release_all([lease for leases in self._leases.values() for lease in leases])
         finally:
             for layer, names in self._names:
-                layer.applied_names = [others for others in layer.applied_names if others is not names]
+                layer.applied_names[:] = [others for others in layer.applied_names if others is not names]
         self._leases, self._names = {}, []
 
 
 @contextmanager
-def applied(states: GraftStates, layers: Iterable[GraftLayer] = ()) -> Iterator[None]:
+def applied(states: GraftStates, model: nn.Module, layers: Iterable[GraftLayer] = ()) -> Iterator[None]:
     """Let patches stay in place until a model's call ends; calls inside of it share them.
 
     Args:
         states: The states that the model's layers share.
+        model: The model that holds the layers.
         layers: Layers to patch at once, so that also a forward that is compiled inside finds them patched.
     """
     if is_traced():
@@ -96,7 +99,7 @@ def applied(states: GraftStates, layers: Iterable[GraftLayer] = ()) -> Iterator[
     if thread in states.scopes:
         yield
         return
-    scope = AppliedScope(states)
+    scope = AppliedScope(states, keeps=not frees_parameters(model))
     try:
         states.scopes[thread] = scope
         with torch.no_grad():

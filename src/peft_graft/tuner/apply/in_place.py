@@ -39,10 +39,12 @@ NOTHING = ResolvedTensor((), torch.empty(0, dtype=torch.int64), torch.empty(0))
 class AppliedPatch:
     """A patch that is on a parameter right now, with the base's values that it covers."""
 
-    __slots__ = ("address", "before", "data", "lock", "patch", "users")
+    __slots__ = ("address", "before", "flat", "lock", "patch", "users")
 
     def __init__(self, data: torch.Tensor, address: int, patch: ResolvedTensor) -> None:
-        self.data, self.address, self.patch = data, address, patch  # holding the data keeps its address taken
+        # Holding the data keeps its address taken. Without a patch, the layout does not matter.
+        self.flat = data.view(-1) if patch.indices.numel() else data
+        self.address, self.patch = address, patch
         self.before: torch.Tensor | None = None  # the base's values at the indices, [n]
         self.users: set[int] = set()  # ids of leases, so that a lease can be collected
         self.lock = threading.RLock()  # reentrant, because a lease may be collected while its thread is in here
@@ -51,20 +53,21 @@ class AppliedPatch:
         """Write the patch; return False, and write nothing, where the base is not as the patch expects it."""
         _, indices, values, expected = self.patch
         if indices.numel():
-            before = self.data.view(-1).index_select(0, indices)
+            before = self.flat.index_select(0, indices)
             if expected is not None and not torch.equal(before, expected):
                 return False
             self.before = before  # before the write, so that an interrupt in between does no harm
-            self.data.view(-1).index_copy_(0, indices, values)
+            self.flat.index_copy_(0, indices, values)
         return True
 
     def restore(self, parameter: torch.Tensor) -> None:
         """Put the base's bits back; also into the parameter's new storage, if a hook has moved the model meanwhile."""
         if self.before is None:
             return
+        self.flat.index_copy_(0, self.patch.indices, self.before)
         moved = parameter.data
-        for data in [self.data] if moved.data_ptr() == self.address else [self.data, moved]:
-            overwrite(data, self.patch.indices.to(data.device), self.before.to(data))
+        if moved.data_ptr() != self.address:
+            overwrite(moved, self.patch.indices.to(moved.device), self.before.to(moved))
 
 
 _applied: dict[int, AppliedPatch] = {}  # by address, so that tied parameters share one
@@ -84,6 +87,11 @@ class PatchLease:
     def __init__(self, parameter: torch.Tensor) -> None:
         self._parameter = parameter
         self._applied: AppliedPatch | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Return whether the lease has been acquired, and not released yet."""
+        return self._applied is not None
 
     def acquire(self, patch: ResolvedTensor) -> bool:
         """Write the patch, or join those who run on the same.
@@ -168,7 +176,8 @@ def release_all(leases: Iterable[PatchLease]) -> None:
             lease.release()
     finally:
         for lease in leases:
-            lease.release()
+            if lease.is_held:
+                lease.release()
 
 
 @contextmanager

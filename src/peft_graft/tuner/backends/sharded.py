@@ -58,6 +58,17 @@ def is_partitionable(parameter: torch.Tensor) -> bool:
     return partition_of(parameter) is not None
 
 
+def frees_parameters(model: nn.Module) -> bool:
+    """Return whether an engine frees parameters of a model as soon as their module has run: FSDP, both versions."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # a slow import that few need
+
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()) or any(
+        is_sharded(parameter) for parameter in model.parameters()
+    )
+
+
 def gather_with(module: nn.Module, parameters: list[torch.Tensor]) -> None:
     """Register parameters with ZeRO-3 that it gathers, too, before this module runs, forward and backward."""
     register = import_module("deepspeed").zero.register_external_parameter

@@ -80,7 +80,7 @@ def test_a_model_takes_it_and_the_adapter_says_so(tmp_path: Path) -> None:
         assert torch.equal(part.values, found.tensors[name].values)
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-    assert config["provenance"]["combination_type"] == "agreeing"
+    assert config["record"]["provenance"]["combination_type"] == "agreeing"
     assert "combined (`agreeing`)" in (tmp_path / "new" / "README.md").read_text()
 
 

@@ -255,8 +255,10 @@ class GraftLayer(ModuleProxy):
     def base_entries(self, param: str, indices: torch.Tensor) -> torch.Tensor:
         """Return the base's own values at these flat indices, int64 [n], also while a patch is on it."""
         entries = own_entries(whole(self.base_parameter(param)), indices)
-        backup = (tensor.to(entries.device) for tensor in self._backup.get(param, ()))
-        return restored(entries, indices, *backup) if param in self._backup else entries
+        if param not in self._backup:
+            return entries
+        at, before = self._backup[param]
+        return restored(entries, indices, at.to(entries.device), before.to(entries.device))
 
     def own_values(self, param: str) -> torch.Tensor:
         """Return all of the base's own values, detached, also while a patch is on it."""

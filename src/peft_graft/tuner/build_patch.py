@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -22,7 +23,7 @@ from ..checkpoints.pairing import (
     resolve_names,
     stream,
 )
-from ..selection.budget import Budget
+from ..selection.budget import Budget, capped_note
 from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
@@ -31,6 +32,7 @@ from .mask import GraftStates
 from .modules_to_save import graft_modules
 
 Target = tuple[GraftLayer, str]
+_LOG = logging.getLogger(__name__)
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
 
 
@@ -124,7 +126,9 @@ class PatchBuilder:
         measured: Mapping[str, torch.Tensor] | None = None,
         show_progress_bar: bool | None = None,
     ) -> None:
-        """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
+        """Score the delta, take the budget (or, for a learned mask, the candidates), and hold the donor's values.
+
+        Only entries that differ are taken: a budget beyond their number is capped, with a line in the log.
 
         Args:
             adapter_name: Name of the adapter.
@@ -143,10 +147,11 @@ class PatchBuilder:
         if show_progress_bar is None:
             show_progress_bar = sum(sizes.values()) >= MANY_ENTRIES
         trained = rule.kind == "trained"
+        budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
         selector = Selector(
             PairedTensors(base, donor, names, sizes, show_progress_bar=show_progress_bar),
             rule,
-            Budget(config.density, config.num_params, config.budget_scope, config.granularity),
+            budget,
             measured=measured,
             seed=config.seed,
             candidate_ratio=config.candidate_ratio if trained else 1.0,
@@ -158,6 +163,8 @@ class PatchBuilder:
             state.budget = selector.budget_of(chosen)
         self._install(adapter_name, targets, chosen, names, base, trained)
         entries = _count(state.budget) if rule.trains_mask else sum(index.numel() for index in chosen.values())
+        if note := capped_note(budget, selector.wanted, entries, selector.eligible):
+            _LOG.warning(note)
         config.note(eligible=selector.eligible, entries=entries)
         state.ready = config.alpha != "auto" and rule.kind != "procedure"
 

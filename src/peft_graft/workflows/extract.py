@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
@@ -33,11 +34,12 @@ from ..checkpoints.pairing import (
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..peft_compat.transformers_names import modeling_auto
-from ..selection.budget import Budget
+from ..selection.budget import Budget, capped_note
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
 
+_LOG = logging.getLogger(__name__)
 _ADAPTER = "default"
 # Entries that are encoded at the same time, at about 50 bytes each.
 _ENTRIES_IN_FLIGHT = 1 << 22
@@ -245,12 +247,8 @@ def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:
     """Select the entries and write the adapter."""
     pairs = opened.pairs
-    selector = Selector(
-        pairs,
-        None if exact else get_rule(config.selection),
-        Budget(config.density, config.num_params, config.budget_scope, config.granularity),
-        seed=config.seed,
-    )
+    budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
+    selector = Selector(pairs, None if exact else get_rule(config.selection), budget, seed=config.seed)
     # The configuration is put in place last: until then, the old one refuses the new tensors.
     with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
         total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
@@ -262,6 +260,8 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         _install(opened.peft_model, packed, selector.eligible, exact)
         opened.peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    if note := capped_note(budget, selector.wanted, packed.entries, selector.eligible):
+        _LOG.warning(note)
     donor_nbytes = pairs.nbytes[1]
     if exact and 0 < donor_nbytes <= nbytes:
         warnings.warn(

@@ -83,8 +83,8 @@ def capped_note(budget: Budget, wanted: int, taken: int, eligible: int) -> str |
         return None
     where = " within the budgets of their tensors" if budget.budget_scope == "tensor" else ""
     return (
-        f"budget is capped at {taken:,} of {wanted:,} entries: only {taken / eligible:.3g} of the {eligible:,} eligible "
-        f"entries differ{where}. For a smaller patch, give a density (--density) below that."
+        f"budget is capped at {taken:,} of {wanted:,} entries: only {taken / eligible:.3g} of the {eligible:,} "
+        f"eligible entries differ{where}. For a smaller patch, give a density (--density) below that."
     )
 
 

@@ -65,8 +65,8 @@ class Selected(NamedTuple):
 class Selector:
     """Score the entries of a delta and take exactly the budget, ties broken by (tensor name, flat index).
 
-    Only entries whose bits differ are taken: a budget beyond their number takes all of them. Of whole tensors or layers,
-    those in which nothing differs are left out.
+    Only entries whose bits differ are taken: a budget beyond their number takes all of them. Whole tensors or layers in
+    which nothing differs are left out.
 
     A budget of which all entries may be held takes one pass over the source; a larger one takes three: two for the
     threshold, and one to take.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..adapter_files.hub_names import cached_commit
 from ..adapter_files.versions import installed_versions
+from ..checkpoints.forward_config import Differences, describe, forward_differences, read_donor_config
 from ..checkpoints.name_mapping import RenamedCheckpoint
 from ..checkpoints.pairing import (
     CheckpointDonor,
@@ -28,6 +31,7 @@ from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
+from .left_out import InMemory, aliases_of, base_tensors, report_left_out, require_nothing_more
 from .mask import GraftStates
 from .modules_to_save import graft_modules
 
@@ -78,16 +82,39 @@ class PatchBuilder:
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
-        config.note(provenance={"versions": installed_versions()})
+        provenance: dict[str, Any] = {"versions": installed_versions()}
+        if differences := self._config_differences(donor):
+            provenance["donor_config"] = {
+                name: {"base": ours, "donor": theirs} for name, (ours, theirs) in differences.items()
+            }
+        config.note(provenance=provenance)
         self.donors[adapter_name] = (
             RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
         )
         return self.donors[adapter_name]
 
+    def _config_differences(self, donor: Donor) -> Differences:
+        """Find, and warn of, fields of the donor's configuration that change its forward."""
+        ours = getattr(self.model, "config", None)
+        theirs = read_donor_config(donor, ours) if isinstance(ours, PretrainedConfig) else None
+        differences = {} if theirs is None else forward_differences(ours, theirs)
+        if differences:
+            warnings.warn(
+                f"donor's configuration must compute as the base's, got {donor.name!r} with other values of "
+                f"{describe(differences)}. A patch holds weights only, so the graft computes with the base's values. "
+                "Load the base with the donor's: from_pretrained(base, "
+                f"config=AutoConfig.from_pretrained({donor.name!r})).",
+                stacklevel=3,
+            )
+        return differences
+
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
-        self.donor_names(adapter_name)  # first, because the body tells another architecture better than the head does
-        graft_modules(self.model, adapter_name, donor)
+        # First, because the body tells another architecture better than the head does.
+        names = self.donor_names(adapter_name)
+        extra = require_nothing_more(self.model, donor, config.allow_extra)
+        graft_modules(self.model, adapter_name, donor, config)
+        report_left_out(self.model, adapter_name, donor, names, InMemory(base_tensors(self.model), donor), extra)
         rule = get_rule(config.selection)
         if rule.kind == "scored":
             self.states[adapter_name].waits_for_data = True
@@ -109,15 +136,11 @@ class PatchBuilder:
         if isinstance(donor, RenamedCheckpoint):
             donor.require_plain(list(targets))
         prefix = getattr(self.model, "base_model_prefix", "")
-        aliases: dict[str, list[str]] = {}
-        for layer in self._layers():
-            for param, (owner, owned) in layer.aliases.items():
-                aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
         return resolve_names(
             {name: whole_shape(layer.base_parameter(param)) for name, (layer, param) in targets.items()},
             donor,
             prefixes=(prefix,) if prefix else (),
-            aliases=aliases,
+            aliases=aliases_of(self.model, donor),
         )
 
     def build_patch(

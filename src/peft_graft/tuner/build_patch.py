@@ -96,7 +96,9 @@ class PatchBuilder:
     def _config_differences(self, donor: Donor) -> Differences:
         """Find, and warn of, fields of the donor's configuration that change its forward."""
         ours = getattr(self.model, "config", None)
-        theirs = read_donor_config(donor, ours) if isinstance(ours, PretrainedConfig) else None
+        if not isinstance(ours, PretrainedConfig):
+            return {}
+        theirs = read_donor_config(donor, ours)
         differences = {} if theirs is None else forward_differences(ours, theirs)
         if differences:
             warnings.warn(

@@ -35,7 +35,10 @@ def name_modules(config: GraftConfig, model: nn.Module, from_file: bool) -> None
     """
     if not from_file and config.modules_to_save:
         keys = [plain_name(key) or "" for key, _ in model.named_modules(remove_duplicate=False)]
-        wrong = [name for name in _named_by_user(config) if not any(key.endswith(name) for key in keys)]
+        named = [
+            name for name in _named_by_user(config) if name not in _TASK_HEADS
+        ]  # these suit several models at once
+        wrong = [name for name in named if not any(key.endswith(name) for key in keys)]
         if wrong:
             raise ValueError(
                 f"modules_to_save must name modules of the base, got {wrong}, which {type(model).__name__} does not "

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
+from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import (
     FLOAT_DTYPES,
@@ -276,7 +277,8 @@ class _InFiles:
         theirs: Mapping[str, str],
         dtypes: Mapping[str, torch.dtype],
     ) -> set[str]:
-        found, sides = set(), ({}, {})
+        found: set[str] = set()
+        sides: tuple[dict[str, list[Extent]], dict[str, list[Extent]]] = ({}, {})
         for name, (view, stored) in ours.items():
             if view.shape(stored) != self._donor.shape(theirs[name]):
                 found.add(name)

@@ -131,6 +131,31 @@ def named(source: str, args: GraftArguments) -> str:
     return f"{args.data_name} ({Path(source).name})" if args.data_name else source
 
 
+def load_classifier(role: str, source: str) -> PreTrainedModel:
+    """Load a sequence classifier, but not one whose head would be random.
+
+    Args:
+        role: `"base"` or `"donor"`, for the message.
+        source: Directory or Hub id.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The checkpoint lacks tensors of the model.
+    """
+    model, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{role} must hold a trained head for sequence classification, got {source!r} without "
+            f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}: its scores would be those of a random "
+            "head. Train the head first (examples/make_donor.py writes a base with a linear probe, and its donor), "
+            f"or name another checkpoint with --{role}."
+        )
+    return model
+
+
 def fit(
     base: PreTrainedModel,
     donor: Any,
@@ -241,7 +266,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
         The content of `metrics.json`.
 
     Raises:
-        ValueError: The flags do not fit together, or the reloaded adapter differs.
+        ValueError: The flags do not fit together, a checkpoint has no head for the task, or the reloaded graft differs.
     """
     if (args.base is None) != (args.donor is None):
         raise ValueError(f"base and donor must be given together, got {args.base!r} and {args.donor!r}. Give both.")
@@ -251,7 +276,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
         args.skip_train_samples += DONOR_ROWS
     skip = args.skip_train_samples
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    base = AutoModelForSequenceClassification.from_pretrained(args.base)
+    base = load_classifier("base", args.base)
     names = [base.config.id2label[index] for index in range(base.config.num_labels)]
     options: dict[str, Any] = {"text_columns": args.text_columns, "label_column": args.label_column}
     embedded = args.train == tasks.DOCSTRINGS
@@ -272,7 +297,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
     base.to(state.device).eval()
     logits, labels = tasks.predict(base, test, tokenizer)
     scores = {"base": tasks.measure(logits, labels)}
-    donor = AutoModelForSequenceClassification.from_pretrained(args.donor).to(state.device).eval()
+    donor = load_classifier("donor", args.donor).to(state.device).eval()
     donor_logits, _ = tasks.predict(donor, test, tokenizer)
     scores["donor"] = tasks.measure(donor_logits, labels)
     del donor

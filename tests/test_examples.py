@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import HfArgumentParser
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser
 
 import tasks
 from graft import ADAPTER_FILES, GraftArguments, run, table
@@ -62,6 +62,21 @@ def test_base_without_donor_is_refused(world: dict[str, str], tmp_path: Path) ->
         run(GraftArguments(base=world["base"], output_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("role", ["base", "donor"])
+@pytest.mark.parametrize("model_class", [AutoModel, AutoModelForMaskedLM])
+def test_a_checkpoint_without_a_head_for_the_task_is_refused(
+    role: str, model_class: type[AutoModel], world: dict[str, str], tmp_path: Path
+) -> None:
+    """A pretrained model, or one for another task: its head would be random, and its scores on the card."""
+    headless = model_class.from_config(AutoConfig.from_pretrained(world[role]))
+    headless.save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(world[role]).save_pretrained(tmp_path / "headless")
+    changed = {**world, role: str(tmp_path / "headless")}
+    with pytest.raises(ValueError, match=rf"{role} must hold a trained head .*, got '.*headless' without .*classifier"):
+        run(arguments(changed, tmp_path / "out"))
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
 def test_a_donor_made_with_other_flags_is_not_taken_for_this_one(world: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(Path(world["donor"]).parent, tmp_path / "out")
     (tmp_path / "out" / "metrics.json").rename(tmp_path / "out" / "donor_metrics.json")
@@ -87,8 +102,6 @@ def test_readme_code_runs(world: dict[str, str], tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     assert len(blocks) >= 2
-    from transformers import AutoTokenizer
-
     from graft import batches
 
     tokenizer = AutoTokenizer.from_pretrained(world["base"])

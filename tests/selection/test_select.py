@@ -31,7 +31,7 @@ GIVEN = Rule("given", lambda evidence: evidence.delta, "the scores of the source
 
 
 class Scores:
-    """A source of raw scores: its deltas, in blocks of a few entries."""
+    """A source of raw scores: its deltas, in blocks of a few entries, all of which differ from the base."""
 
     whole_tensors = True
 
@@ -46,7 +46,7 @@ class Scores:
         for name in self.sizes if names is None else names:
             for start in range(0, self.sizes[name], self.block):
                 part = self.tensors[name].flatten()[start : start + self.block]
-                yield Span(name, start, part.numel()), work(Block(name, start, torch.zeros_like(part), part))
+                yield Span(name, start, part.numel()), work(Block(name, start, torch.full_like(part, -99), part))
 
     def delta(self, block: Block) -> torch.Tensor:
         return block.donor
@@ -80,29 +80,40 @@ def of_scores(scored: Iterable[tuple[str, Any]], *, held_at_once: int | None = N
     return {name: index.tolist() for name, index in found.items()}
 
 
-def dense_top_k(scored: Iterable[tuple[str, torch.Tensor]], k: int) -> dict[str, list[int]]:
-    """The k best of everything, sorted by falling score, then name, then flat index."""
-    entries = [(-float(s), name, i) for name, scores in scored for i, s in enumerate(scores.flatten())]
+def dense_top_k(
+    scored: Iterable[tuple[str, torch.Tensor]], k: int, differs: Tensors | None = None
+) -> dict[str, list[int]]:
+    """The k best of everything that differs, sorted by falling score, then name, then flat index."""
+    entries = [
+        (-float(s), name, i)
+        for name, scores in scored
+        for i, s in enumerate(scores.flatten())
+        if differs is None or differs[name].flatten()[i]
+    ]
     found: dict[str, list[int]] = {}
     for _, name, i in sorted(entries)[:k]:
         found.setdefault(name, []).append(i)
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
-def dense(scored: list[tuple[str, torch.Tensor]], budget: Budget) -> dict[str, list[int]]:
+def dense(
+    scored: list[tuple[str, torch.Tensor]], budget: Budget, differs: Tensors | None = None
+) -> dict[str, list[int]]:
     """The entries that a budget takes, by sorting everything at once; none if not one unit fits."""
     sizes = {name: scores.numel() for name, scores in scored}
     count = budget.resolve(sizes)
     if isinstance(count, dict):
-        found = {name: dense_top_k([(name, scores)], count[name]) for name, scores in scored}
-        return {name: found[name][name] for name in sorted(found) if count[name]}
+        found = [dense_top_k([(name, scores)], count[name], differs) for name, scores in sorted(scored)]
+        return {name: indices for each in found for name, indices in each.items()}
     if budget.granularity == "entry":
-        return dense_top_k(scored, count)
+        return dense_top_k(scored, count, differs)
     units: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for name, scores in scored:
         if scores.numel():
             units.setdefault(unit_of(name, budget.granularity), []).append((name, scores.flatten().double()))
     means = {unit: float(torch.cat([part for _, part in parts]).mean()) for unit, parts in units.items()}
+    if differs is not None:
+        units = {unit: parts for unit, parts in units.items() if any(differs[name].any() for name, _ in parts)}
     taken: dict[str, list[int]] = {}
     for unit in sorted(units, key=lambda unit: (-means[unit], unit)):
         size = sum(part.numel() for _, part in units[unit])
@@ -185,8 +196,9 @@ def test_a_budget_below_every_unit_is_refused() -> None:
 def test_candidates_come_with_the_budget_they_are_for() -> None:
     source = Scores(named([[3.0, 1.0, 2.0, 0.0], [0.5, 0.1]]))
     selector = Selector(source, GIVEN, Budget(num_params=2), candidate_ratio=2)
-    assert {name: index.tolist() for name, index in selector.indices().items()} == {"t0": [0, 1, 2], "t1": [0]}
-    assert selector.budget_of(["t0", "t1"]) == 2
+    chosen = selector.indices()
+    assert {name: index.tolist() for name, index in chosen.items()} == {"t0": [0, 1, 2], "t1": [0]}
+    assert selector.budget_of(chosen) == 2
     selector = Selector(source, GIVEN, Budget(0.25, budget_scope="tensor"), candidate_ratio=2)
     chosen = selector.indices()
     assert {name: index.tolist() for name, index in chosen.items()} == {"t0": [0, 2], "t1": [0]}
@@ -267,7 +279,7 @@ def test_memory_files_and_a_dense_sort_give_the_same_mask(
         (name, score(Evidence(name, base[name], donor[name].float() - base[name].float(), seed=seed)))
         for name in sorted(base)
     ]
-    expected = dense(scored, budget)
+    expected = dense(scored, budget, {name: base[name] != donor[name] for name in base})
     for source in (in_memory(base, donor), in_files(tmp_path)):
         selector = Selector(source, RULES[rule], budget, seed=seed, held_at_once=held_at_once)
         if not expected:
@@ -384,4 +396,60 @@ def test_equal_checkpoints_are_noticed(tmp_path: Path) -> None:
     extents = {name: [file.extent(name)] for name in file.names()}
     for source in (PairedReader(extents, extents), in_memory(base, base)):
         selector = Selector(source, RULES["random"], Budget(0.1))
-        assert selector.indices() and not selector.differs
+        assert not selector.indices() and not selector.differs
+
+
+# Budgets beyond what differs
+
+
+def sparse(base: Tensors, differing: dict[str, list[int]]) -> Tensors:
+    """A donor that differs at these entries, by 1."""
+    donor = {name: tensor.clone() for name, tensor in base.items()}
+    for name, indices in differing.items():
+        donor[name].view(-1)[indices] += 1
+    return donor
+
+
+DIFFERING = {"a": [3], "c": [0, 2, 5]}
+EQUAL = {name: torch.zeros(2, 3) for name in "abc"}
+
+
+@pytest.mark.parametrize("rule", DATA_FREE)
+@pytest.mark.parametrize("held_at_once", [1, 3, 100])
+@pytest.mark.parametrize("budget", [Budget(1.0), Budget(0.5), Budget(num_params=4), Budget(0.5, budget_scope="tensor")])
+def test_a_budget_beyond_what_differs_takes_what_differs(rule: str, held_at_once: int, budget: Budget) -> None:
+    source = in_memory(EQUAL, sparse(EQUAL, DIFFERING))
+    selector = Selector(source, RULES[rule], budget, held_at_once=held_at_once)
+    assert {name: index.tolist() for name, index in selector.indices().items()} == DIFFERING
+    assert selector.wanted >= 4
+
+
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_a_smaller_budget_takes_none_that_is_equal(rule: str) -> None:
+    selector = Selector(in_memory(EQUAL, sparse(EQUAL, DIFFERING)), RULES[rule], Budget(num_params=3), held_at_once=1)
+    chosen = {(name, index) for name, found in selector.indices().items() for index in found.tolist()}
+    assert len(chosen) == 3 and chosen < {(name, index) for name, found in DIFFERING.items() for index in found}
+
+
+def test_a_flipped_sign_of_zero_counts_as_a_difference() -> None:
+    donor = {name: tensor.clone() for name, tensor in EQUAL.items()}
+    donor["b"][1, 1], donor["c"][0, 0] = -0.0, 1.0
+    found = Selector(in_memory(EQUAL, donor), RULES["magnitude"], Budget(0.5)).indices()
+    assert {name: index.tolist() for name, index in found.items()} == {"b": [4], "c": [0]}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_whole_units_in_which_nothing_differs_are_left_out(granularity: str) -> None:
+    base = {f"h.{number}.w": torch.zeros(4) for number in range(3)}
+    donor = sparse(base, {"h.1.w": [2]})
+    found = Selector(in_memory(base, donor), RULES["magnitude"], Budget(1.0, granularity=granularity)).indices()
+    assert {name: index.tolist() for name, index in found.items()} == {"h.1.w": [0, 1, 2, 3]}
+
+
+def test_a_learned_mask_chooses_among_what_differs() -> None:
+    source = in_memory(EQUAL, sparse(EQUAL, DIFFERING))
+    selector = Selector(source, RULES["learned"], Budget(num_params=2), candidate_ratio=5)
+    chosen = selector.indices()
+    assert {name: index.tolist() for name, index in chosen.items()} == DIFFERING and selector.budget_of(chosen) == 2
+    selector = Selector(source, RULES["learned"], Budget(num_params=6), candidate_ratio=2)
+    assert selector.budget_of(selector.indices()) == 4

@@ -169,7 +169,9 @@ def test_an_adapter_of_0_1_0_is_read(tmp_path: Path) -> None:
     assert config.record.provenance["versions"]["peft-graft"] == "0.1.0"
     made = graft(ramp(0.0), ramp(0.25), density=0.25, budget_scope="tensor", alpha=2.0)
     x = torch.linspace(-1, 1, 8).view(2, 4)
-    assert held(loaded) == held(made) and same_bits(output(loaded, x), output(made, x))
+    taken = held(loaded)  # with entries that do not differ, which 0.1.0 took too
+    assert all({*indices} <= {*taken[name]} for name, indices in held(made).items())
+    assert same_bits(output(loaded, x), output(made, x))
     with pytest.raises(PatchError, match="base"):
         PeftModel.from_pretrained(ramp(1.0), OLD)
     loaded.save_pretrained(tmp_path)

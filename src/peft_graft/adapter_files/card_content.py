@@ -188,6 +188,7 @@ def _facts(saved: SavedAdapter) -> list[tuple[str, str]]:
         "base": _named(public_base(config.get("base_model_name_or_path")), config.get("revision")),
         "fingerprint of the base": _fingerprint(saved.record.get("fingerprint") or {}),
         "donor": _donor(config),
+        "configuration of the donor": _donor_config(saved.record.get("provenance") or {}),
         "rule": "`{}`, scope `{}`, granularity `{}`".format(
             *map(config.get, ("selection", "budget_scope", "granularity"))
         ),
@@ -205,6 +206,15 @@ def _fingerprint(fields: Mapping[str, Any]) -> str:
     if not fields:
         return ""
     return f"`{fields.get('sha256', '')[:16]}` over {fields.get('count', 0):,} entries in {fields.get('dtype')}"
+
+
+def _donor_config(provenance: Mapping[str, Any]) -> str:
+    """Return the fields in which the donor computes something else than the base."""
+    fields = provenance.get("donor_config") or {}
+    listed = ", ".join(
+        f"`{name}` {both.get('donor')!r} instead of {both.get('base')!r}" for name, both in fields.items()
+    )
+    return f"{listed}; the graft computes with the base's" if listed else ""
 
 
 def _entries(saved: SavedAdapter) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..peft_compat.torch_names import COMPILED
 
@@ -128,6 +130,17 @@ class CheckpointDonor:
         else:
             self._read_header(main)
 
+    @cached_property
+    def config_fields(self) -> dict[str, Any] | None:
+        """Fields of the config.json beside the tensors; None where there is none, or it cannot be read."""
+        path = Path(self.name)
+        if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+            return None
+        try:
+            return PretrainedConfig.get_config_dict(self.name, revision=self.revision, token=self._token)[0]
+        except (OSError, ValueError):
+            return None
+
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return sorted(self._extents)
@@ -196,13 +209,14 @@ class CheckpointDonor:
 
 
 class ModuleDonor:
-    """A model in memory; its parameters are used in place, without a copy.
+    """A model in memory; its parameters and buffers are used in place, without a copy.
 
     Args:
         module: The fine-tuned model. `DataParallel`, DDP and `torch.compile` wrappers are looked through.
 
     Attributes:
         name: The name of the module's class.
+        config: The module's configuration; None if it has none.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -213,27 +227,29 @@ class ModuleDonor:
                 module = inner
             else:
                 break
-        self.name = type(module).__name__
+        self.name, self.config = type(module).__name__, getattr(module, "config", None)
+        tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        if buffers:  # those that a checkpoint would hold
+            kept = module.state_dict().keys()
+            tensors |= {name: buffer for name, buffer in buffers.items() if name in kept}
         # Submodules may be compiled too, hence the replacement inside names.
-        self._parameters = {
-            name.replace(f"{COMPILED}.", ""): parameter
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-        }
+        self._tensors = {name.replace(f"{COMPILED}.", ""): tensor for name, tensor in tensors.items()}
 
     def names(self) -> list[str]:
-        """Return the names of all parameters; tied ones appear under each of their names."""
-        return sorted(self._parameters)
+        """Return the names of all parameters and buffers; tied ones appear under each of their names."""
+        return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return tuple(self._parameters[name].shape)
+        """Return the shape of a tensor."""
+        return tuple(self._tensors[name].shape)
 
     def get(self, name: str) -> torch.Tensor:
-        """Return one parameter, detached; on the CPU it shares the module's memory."""
-        parameter = self._parameters[name]
-        if parameter.is_meta:
+        """Return one tensor, detached; on the CPU it shares the module's memory."""
+        tensor = self._tensors[name]
+        if tensor.is_meta:
             raise DonorError(f"donor tensors must hold values, got {name!r} of {self.name} on the meta device.")
-        return parameter.detach().cpu()
+        return tensor.detach().cpu()
 
 
 class ZerosDonor:

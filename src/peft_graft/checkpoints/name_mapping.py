@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,11 +128,12 @@ class RenamedCheckpoint:
         name: The checkpoint's name.
         role: The checkpoint's role.
         revision: The checkpoint's revision.
+        checkpoint: The files.
     """
 
     def __init__(self, checkpoint: CheckpointDonor, model: nn.Module) -> None:
         self.name, self.role, self.revision = checkpoint.name, checkpoint.role, checkpoint.revision
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._stored: dict[str, list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._refused: dict[str, str] = {}
@@ -144,10 +146,16 @@ class RenamedCheckpoint:
                 stored = _in_flat_order(converter, list(sources.values()))
             if stored:
                 self._stored[target] = stored
-                shape = self._checkpoint.shape(stored[0])
-                self._shapes[target] = shape if converter is None else tuple(state[target].shape)
+                shape = self.checkpoint.shape(stored[0])
+                self._shapes[target] = shape if converter is None else self._joined(stored, tuple(state[target].shape))
             elif converter is not None:
                 self._refused[target] = ", ".join(type(operation).__name__ for operation in converter.operations)
+
+    def _joined(self, stored: Sequence[str], expected: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of joined tensors: the model's, but with as many experts or rows as the files have."""
+        row = math.prod(expected[1:])
+        entries = sum(math.prod(self.checkpoint.shape(name)) for name in stored)
+        return expected if not row or entries % row else (entries // row, *expected[1:])
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -163,15 +171,15 @@ class RenamedCheckpoint:
 
     def all_extents(self) -> dict[str, Extent]:
         """Return where every tensor of the files stands, by its name in the files."""
-        return {name: self._checkpoint.extent(name) for name in self._checkpoint.names()}
+        return {name: self.checkpoint.extent(name) for name in self.checkpoint.names()}
 
     def extents(self, name: str) -> list[Extent]:
         """Return where the tensor's entries stand, in its flat order."""
-        return [self._checkpoint.extent(stored) for stored in self._stored[name]]
+        return [self.checkpoint.extent(stored) for stored in self._stored[name]]
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor."""
-        parts = [self._checkpoint.get(stored) for stored in self._stored[name]]
+        parts = [self.checkpoint.get(stored) for stored in self._stored[name]]
         return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]).view(self._shapes[name])
 
     def require_plain(self, names: Sequence[str]) -> None:

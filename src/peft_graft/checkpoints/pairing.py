@@ -36,6 +36,7 @@ __all__ = [
     "ZerosDonor",
     "bits_differ",
     "count_nonfinite",
+    "find_names",
     "nothing_to_graft",
     "open_donor",
     "resolve_names",
@@ -110,18 +111,7 @@ def resolve_names(
     """
     if isinstance(donor, ZerosDonor):
         return {name: name for name in wanted}
-    present = set(donor.names())
-    aliases = aliases or {}
-    found = {name: name for name in wanted if name in present}
-    # A tensor that bears a wanted name is that tensor, never a stand-in for another.
-    free = present - found.keys()
-    for name in sorted(wanted.keys() - found.keys()):
-        others = aliases.get(name, ())
-        candidates = (c for known in (name, *others) for c in _spellings(known, prefixes))
-        match = next((c for c in candidates if c in free or (c in others and c in present)), None)
-        if match is not None:
-            found[name] = match
-            free.discard(match)
+    found = find_names(wanted, donor, prefixes, aliases)
     missing = sorted(wanted.keys() - found.keys())
     misfits = {
         name: (tuple(wanted[name]), tuple(donor.shape(found[name])))
@@ -130,6 +120,39 @@ def resolve_names(
     }
     if missing or misfits:
         raise DonorError(_misfit_message(donor, len(wanted), missing, misfits))
+    return found
+
+
+def find_names(
+    wanted: Iterable[str],
+    donor: Donor,
+    prefixes: Sequence[str] = (),
+    aliases: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
+    """Find the donor's tensors as `resolve_names` does, but leave out what the donor lacks, and look at no shapes.
+
+    Args:
+        wanted: Names of tensors of the base.
+        donor: As in `resolve_names`.
+        prefixes: As in `resolve_names`.
+        aliases: As in `resolve_names`.
+
+    Returns:
+        Base tensor name -> donor tensor name.
+    """
+    present, wanted = set(donor.names()), set(wanted)
+    aliases = aliases or {}
+    found = {name: name for name in wanted if name in present}
+    # A tensor that bears a wanted name is that tensor, never a stand-in for another.
+    free = present - found.keys()
+    for name in sorted(wanted - found.keys()):
+        others = aliases.get(name, ())
+        spelled = {spelling for other in others for spelling in _spellings(other, prefixes)}
+        candidates = (c for known in (name, *others) for c in _spellings(known, prefixes))
+        match = next((c for c in candidates if c in free or (c in spelled and c in present)), None)
+        if match is not None:
+            found[name] = match
+            free.discard(match)
     return found
 
 
@@ -320,4 +343,4 @@ def _misfit_message(
 def _only_rows_differ(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
     """Say whether all misfits are explained by one changed number of rows, as of a vocabulary."""
     rows = {(ours[:1], theirs[:1]) for ours, theirs in misfits.values()}
-    return len(rows) == 1 and all(len(a) == len(b) >= 1 and a[1:] == b[1:] for a, b in misfits.values())
+    return len(rows) == 1 and all(len(a) == len(b) in (1, 2) and a[1:] == b[1:] for a, b in misfits.values())

@@ -50,7 +50,7 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--density", type=float, metavar="D", help="share of the targeted entries to take, in (0, 1]")
     budget.add_argument("--num-params", type=int, metavar="N", help="the same as a number of entries")
-    budget.add_argument("--exact", action="store_true", help="take every entry that differs: a lossless patch")
+    budget.add_argument("--exact", action="store_true", help="take every entry that differs, everywhere: lossless")
     parser.add_argument("--selection", default="magnitude", metavar="RULE", help="magnitude (default) or random")
     parser.add_argument(
         "--budget-scope", default="global", choices=("global", "tensor"), help="one budget, or one per tensor"
@@ -70,6 +70,9 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules to leave alone, in the same way")
     parser.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules to take whole from the donor")
+    parser.add_argument(
+        "--allow-extra", action="store_true", help="accept a donor with more tensors than the base; take what both have"
+    )
     parser.add_argument("--alpha", type=float, default=1.0, help="scale of the patch; 1 (default) gives donor's bits")
     parser.add_argument("--task-type", metavar="TYPE", help="PEFT's, such as CAUSAL_LM; default: the donor's class")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rule random; default 0")

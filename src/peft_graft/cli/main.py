@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import textwrap
 import warnings
@@ -139,7 +140,25 @@ def _own_warnings(quiet: bool) -> Iterator[None]:
         if not quiet:
             warnings.filterwarnings("default", module=r"peft_graft(\.|$)")
             warnings.showwarning = show
+        with _own_notes(quiet):
+            yield
+
+
+@contextmanager
+def _own_notes(quiet: bool) -> Iterator[None]:
+    """Show the log of this package in one line each, unless `quiet`."""
+    log, handler = logging.getLogger("peft_graft"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: note: %(message)s"))
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.CRITICAL if quiet else logging.WARNING)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
         yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+        log.setLevel(level)
 
 
 @contextmanager

@@ -114,6 +114,8 @@ NAMES = (
                 ("working_dir", "repo_id"), elsewhere=True),
     PrivateName("transformers.PretrainedConfig._name_or_path", "read from config.json where a model came from",
                 set_by="transformers.PretrainedConfig.name_or_path", elsewhere=True),
+    PrivateName("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected",
+                "know tensors of a donor that the base's class leaves out by intention"),
     PrivateName("transformers.integrations.moe._is_expert_parallel", "know modules of experts, which run in place",
                 checked="tests/peft_compat/test_private_names.py; without it they run on patched copies"),
     # peft

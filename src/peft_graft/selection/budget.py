@@ -70,6 +70,24 @@ class Budget:
         return {name: round(density * size) for name, size in sorted(sizes.items())}
 
 
+def capped_note(budget: Budget, wanted: int, taken: int, eligible: int) -> str | None:
+    """Say that fewer entries differ than a budget could take; None where it takes as many as it may.
+
+    Args:
+        budget: The budget.
+        wanted: Number of entries that it allows.
+        taken: Number of entries taken.
+        eligible: Number of entries that the budget is a share of, >= 1.
+    """
+    if taken >= wanted or budget.granularity != "entry":
+        return None
+    where = " within the budgets of their tensors" if budget.budget_scope == "tensor" else ""
+    return (
+        f"budget is capped at {taken:,} of {wanted:,} entries: only {taken / eligible:.3g} of the {eligible:,} "
+        f"eligible entries differ{where}. For a smaller patch, give a density (--density) below that."
+    )
+
+
 def resolve_budget(eligible: int, density: float | None, num_params: int | None) -> int:
     """Turn a density or a count into the exact number of entries: `round(density * eligible)`.
 
@@ -131,10 +149,20 @@ class Units:
         self.granularity = granularity
         self._sums: dict[str, float] = {}
         self._members: dict[str, dict[str, int]] = {}
+        self._differing: set[str] = set()
 
-    def add(self, name: str, sum_of_scores: float, count: int) -> None:
-        """Take in the scores of a tensor, or of a block of it, by their sum and their number, >= 1."""
+    def add(self, name: str, sum_of_scores: float, count: int, differs: bool = True) -> None:
+        """Take in the scores of a tensor, or of a block of it.
+
+        Args:
+            name: Name of the tensor.
+            sum_of_scores: Sum of the scores.
+            count: Their number, >= 1.
+            differs: Whether any of the entries differs between base and donor.
+        """
         unit = unit_of(name, self.granularity)
+        if differs:
+            self._differing.add(unit)
         self._sums[unit] = self._sums.get(unit, 0.0) + sum_of_scores
         members = self._members.setdefault(unit, {})
         members[name] = members.get(name, 0) + count
@@ -143,19 +171,19 @@ class Units:
         """Select units by falling mean score, each as long as it still fits in the budget.
 
         Returns:
-            Number of entries by name of every selected tensor, in order of the names.
+            Number of entries by name of every selected tensor, in order of the names. None if nothing differs.
 
         Raises:
             SelectionError: No unit fits.
         """
-        sizes = {unit: sum(members.values()) for unit, members in self._members.items()}
+        sizes = {unit: sum(self._members[unit].values()) for unit in self._differing}
         selected: dict[str, int] = {}
         left = budget
         for unit in sorted(sizes, key=lambda unit: (-self._sums[unit] / sizes[unit], unit)):
             if sizes[unit] <= left:
                 left -= sizes[unit]
                 selected |= self._members[unit]
-        if not selected:
+        if not selected and sizes:
             raise SelectionError(
                 f"budget must hold at least one {self.granularity}, got {budget} entries for units of "
                 f"{min(sizes.values())} or more. Raise density or num_params, or choose a finer granularity."

@@ -65,6 +65,9 @@ class Selected(NamedTuple):
 class Selector:
     """Score the entries of a delta and take exactly the budget, ties broken by (tensor name, flat index).
 
+    Only entries whose bits differ are taken: a budget beyond their number takes all of them. Whole tensors or layers in
+    which nothing differs are left out.
+
     A budget of which all entries may be held takes one pass over the source; a larger one takes three: two for the
     threshold, and one to take.
 
@@ -116,6 +119,11 @@ class Selector:
         self.differs = False
 
     @property
+    def wanted(self) -> int:
+        """Return the budget without the candidate ratio: how many entries it takes if as many differ; 0 without one."""
+        return self._wanted if isinstance(self._wanted, int) else sum(self._wanted.values())
+
+    @property
     def passes(self) -> int:
         """Return the number of passes over the source, at most."""
         if self._rule is None:
@@ -124,13 +132,16 @@ class Selector:
             return 2
         return 3 if any(self._way(pool) == "threshold" for pool in self._pools()) else 1
 
-    def budget_of(self, names: Iterable[str]) -> int | dict[str, int]:
+    def budget_of(self, chosen: Mapping[str, torch.Tensor]) -> int | dict[str, int]:
         """Return the budget without the candidate ratio: one number, or for `budget_scope="tensor"` one per tensor.
 
         Args:
-            names: The tensors that have candidates.
+            chosen: The candidates, as `indices` returns them; the budget is at most their number.
         """
-        return self._wanted if isinstance(self._wanted, int) else {name: self._wanted[name] for name in names}
+        counts = {name: indices.numel() for name, indices in chosen.items()}
+        if isinstance(self._wanted, int):
+            return min(self._wanted, sum(counts.values()))
+        return {name: min(self._wanted[name], count) for name, count in counts.items()}
 
     def indices(self) -> dict[str, torch.Tensor]:
         """Return the selected flat indices by tensor name: int64, increasing; tensors without any are left out.
@@ -195,7 +206,15 @@ class Selector:
             near = self._near(block, best.threshold)
             if near is not None:
                 block = block._replace(base=block.base[near], donor=block.donor[near])
-            index, *found = best.shortlist(block.name, self._scores(block), *carry(block))
+            scores, carried = self._scores(block).flatten(), carry(block)
+            # Without a difference |delta| is 0, which the threshold rules out.
+            if not (self._rule is not None and self._rule.score is magnitude and best.threshold > 0):
+                refuse_nan(block.name, scores)
+                changed = true_indices(_changed(block))
+                if changed.numel() < scores.numel():
+                    scores, carried = scores[changed], tuple(gather(values, changed) for values in carried)
+                    near = changed.cpu() if near is None else near[changed]
+            index, *found = best.shortlist(block.name, scores, *carried)
             return index if near is None else near[index], *found
 
         found = self._source.map(shortlist, list(best_of), self._workers)
@@ -207,17 +226,19 @@ class Selector:
 
     def _by_threshold(self, names: list[str], count: int, carry: _Carry) -> Iterator[tuple[str, _Columns]]:
         def count_all(histogram: Callable[[torch.Tensor], Counts]) -> Iterator[Counts]:
-            found = self._source.map(lambda block: histogram(self._scores_without_nan(block)), names, self._workers)
-            return (counts for _, counts in found)
+            def count_block(block: Block) -> Counts:
+                return histogram(self._scores_without_nan(block).flatten()[_changed(block)])
+
+            return (counts for _, counts in self._source.map(count_block, names, self._workers))
 
         threshold, ties = find_threshold(count_all, count)
 
         def above(block: Block) -> torch.Tensor:
             nonlocal ties
-            scores = self._scores(block).flatten()
-            mask = scores > threshold
+            scores, changed = self._scores(block).flatten(), _changed(block)
+            mask = (scores > threshold) & changed
             if ties:
-                equal = true_indices(scores == threshold)[:ties]
+                equal = true_indices((scores == threshold) & changed)[:ties]
                 mask[equal] = True
                 ties -= len(equal)
             return mask
@@ -227,11 +248,11 @@ class Selector:
     def _whole_units(self) -> dict[str, int]:
         units = Units(self._budget.granularity)
 
-        def sum_of(block: Block) -> float:
-            return float(self._scores_without_nan(block).double().sum())
+        def sum_of(block: Block) -> tuple[float, bool]:
+            return float(self._scores_without_nan(block).double().sum()), bool(_changed(block).any())
 
-        for span, sum_of_scores in self._source.map(sum_of, workers=self._workers):
-            units.add(span.name, sum_of_scores, span.size)
+        for span, (sum_of_scores, differs) in self._source.map(sum_of, workers=self._workers):
+            units.add(span.name, sum_of_scores, span.size, differs)
         return units.select(sum(count for _, count in self._pools()))
 
     def _where(
@@ -298,11 +319,16 @@ class Selector:
 
     def _differing(self, block: Block) -> torch.Tensor:
         self._delta(block)
-        return bits_differ(block.base.cpu(), block.donor)
+        return _changed(block)
 
     def _all(self, block: Block) -> torch.Tensor:
         self._scores_without_nan(block)
-        return _every_entry(block)
+        return _changed(block)
+
+
+def _changed(block: Block) -> torch.Tensor:
+    """Mark the entries of a block whose bits differ; bool, 1-D, on the base's device."""
+    return bits_differ(block.base, block.donor.to(block.base.device)).flatten()
 
 
 def _every_entry(block: Block) -> torch.Tensor:

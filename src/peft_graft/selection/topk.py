@@ -225,10 +225,10 @@ def find_threshold(
     Args:
         count_all: Starts a pass: calls the function that it is given on all scores, in blocks of any shape, in threads
             if it likes, and yields the results. The scores are float32, without NaN, and the same in both passes.
-        k: Rank of the score to find, in [1, number of scores].
+        k: Rank of the score to find, >= 1; of fewer scores, the lowest is found.
 
     Returns:
-        The k-th highest score, and how many of those that equal it are among the k highest.
+        The k-th highest score, and how many of those that equal it are among the k highest; 0 if there are no scores.
     """
     above, leading = 0, None
     for shift in (16, 0):
@@ -236,6 +236,10 @@ def find_threshold(
         for found in count_all(partial(_histogram, shift=shift, leading=leading)):
             counts += found
         downward = counts[::-1].cumsum()
+        if leading is None:
+            k = min(k, int(downward[-1]))
+        if not k:
+            return math.inf, 0
         step = int(np.searchsorted(downward, k - above))
         above += int(downward[step] - counts[::-1][step])
         half = counts.size - 1 - step

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..adapter_files.hub_names import cached_commit
 from ..adapter_files.versions import installed_versions
+from ..checkpoints.forward_config import Differences, describe, forward_differences, read_donor_config
 from ..checkpoints.name_mapping import RenamedCheckpoint
 from ..checkpoints.pairing import (
     CheckpointDonor,
@@ -22,15 +26,17 @@ from ..checkpoints.pairing import (
     resolve_names,
     stream,
 )
-from ..selection.budget import Budget
+from ..selection.budget import Budget, capped_note
 from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
 from .layer import GraftLayer
+from .left_out import InMemory, aliases_of, base_tensors, report_left_out, require_nothing_more
 from .mask import GraftStates
 from .modules_to_save import graft_modules
 
 Target = tuple[GraftLayer, str]
+_LOG = logging.getLogger(__name__)
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
 
 
@@ -76,16 +82,41 @@ class PatchBuilder:
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
-        config.note(provenance={"versions": installed_versions()})
+        provenance: dict[str, Any] = {"versions": installed_versions()}
+        if differences := self._config_differences(donor):
+            provenance["donor_config"] = {
+                name: {"base": ours, "donor": theirs} for name, (ours, theirs) in differences.items()
+            }
+        config.note(provenance=provenance)
         self.donors[adapter_name] = (
             RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
         )
         return self.donors[adapter_name]
 
+    def _config_differences(self, donor: Donor) -> Differences:
+        """Find, and warn of, fields of the donor's configuration that change its forward."""
+        ours = getattr(self.model, "config", None)
+        if not isinstance(ours, PretrainedConfig):
+            return {}
+        theirs = read_donor_config(donor, ours)
+        differences = {} if theirs is None else forward_differences(ours, theirs)
+        if differences:
+            warnings.warn(
+                f"donor's configuration must compute as the base's, got {donor.name!r} with other values of "
+                f"{describe(differences)}. A patch holds weights only, so the graft computes with the base's values. "
+                "Load the base with the donor's: from_pretrained(base, "
+                f"config=AutoConfig.from_pretrained({donor.name!r})).",
+                stacklevel=3,
+            )
+        return differences
+
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
-        self.donor_names(adapter_name)  # first, because the body tells another architecture better than the head does
-        graft_modules(self.model, adapter_name, donor)
+        # First, because the body tells another architecture better than the head does.
+        names = self.donor_names(adapter_name)
+        extra = require_nothing_more(self.model, donor, config.allow_extra)
+        graft_modules(self.model, adapter_name, donor, config)
+        report_left_out(self.model, adapter_name, donor, names, InMemory(base_tensors(self.model), donor), extra)
         rule = get_rule(config.selection)
         if rule.kind == "scored":
             self.states[adapter_name].waits_for_data = True
@@ -107,15 +138,11 @@ class PatchBuilder:
         if isinstance(donor, RenamedCheckpoint):
             donor.require_plain(list(targets))
         prefix = getattr(self.model, "base_model_prefix", "")
-        aliases: dict[str, list[str]] = {}
-        for layer in self._layers():
-            for param, (owner, owned) in layer.aliases.items():
-                aliases.setdefault(owner.tensor_name(owned), []).append(layer.tensor_name(param))
         return resolve_names(
             {name: whole_shape(layer.base_parameter(param)) for name, (layer, param) in targets.items()},
             donor,
             prefixes=(prefix,) if prefix else (),
-            aliases=aliases,
+            aliases=aliases_of(self.model, donor),
         )
 
     def build_patch(
@@ -124,7 +151,9 @@ class PatchBuilder:
         measured: Mapping[str, torch.Tensor] | None = None,
         show_progress_bar: bool | None = None,
     ) -> None:
-        """Score the delta, take exactly the budget (or, for a learned mask, the candidates), hold the donor's values.
+        """Score the delta, take the budget (or, for a learned mask, the candidates), and hold the donor's values.
+
+        Only entries that differ are taken: a budget beyond their number is capped, with a line in the log.
 
         Args:
             adapter_name: Name of the adapter.
@@ -143,10 +172,11 @@ class PatchBuilder:
         if show_progress_bar is None:
             show_progress_bar = sum(sizes.values()) >= MANY_ENTRIES
         trained = rule.kind == "trained"
+        budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
         selector = Selector(
             PairedTensors(base, donor, names, sizes, show_progress_bar=show_progress_bar),
             rule,
-            Budget(config.density, config.num_params, config.budget_scope, config.granularity),
+            budget,
             measured=measured,
             seed=config.seed,
             candidate_ratio=config.candidate_ratio if trained else 1.0,
@@ -158,6 +188,8 @@ class PatchBuilder:
             state.budget = selector.budget_of(chosen)
         self._install(adapter_name, targets, chosen, names, base, trained)
         entries = _count(state.budget) if rule.trains_mask else sum(index.numel() for index in chosen.values())
+        if note := capped_note(budget, selector.wanted, entries, selector.eligible):
+            _LOG.warning(note)
         config.note(eligible=selector.eligible, entries=entries)
         state.ready = config.alpha != "auto" and rule.kind != "procedure"
 

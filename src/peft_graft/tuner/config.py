@@ -69,6 +69,8 @@ class GraftConfig(PeftConfig):
         modules_to_save: Modules taken whole from the donor and stored with the patch; task heads are added by PEFT.
         layers_to_transform: Indices of the layers to graft.
         layers_pattern: Name of the list of layers, where it is not the first number in the module's name.
+        allow_extra: Accept a donor with tensors for which the base has no place, such as further layers, and take only
+            what both have.
         seed: Seed of `random` and of everything drawn during selection.
         record: Results that the package records, None before there are any. Not to be passed.
 
@@ -103,6 +105,9 @@ class GraftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules taken whole from the donor."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to graft."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    allow_extra: bool = field(
+        default=False, metadata={"help": "Accept a donor with more tensors than the base; take only what both have."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the selection."})
     record: GraftRecord | None = field(default=None, metadata={"help": "Results that the package records."})
 

@@ -118,8 +118,9 @@ class GraftModel(PatchBuilder, BaseTuner):
         require_memory(model)
         config = copy.copy(self.peft_config[adapter_name])  # the user's own config stays usable for another model
         self.peft_config[adapter_name] = config
-        name_modules(config)
         from_file = config.is_pretrained or state_dict is not None or (low_cpu_mem_usage and config.donor is None)
+        is_being_extracted = config.record is not None and config.record.fingerprint == {}
+        name_modules(config, model, from_file and not is_being_extracted)
         if config.donor is None and not from_file:
             raise DonorError(
                 "donor must be a checkpoint, a module or 'zeros', got None. "

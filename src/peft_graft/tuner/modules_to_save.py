@@ -10,19 +10,50 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..adapter_files.task_types import task_names
-from ..checkpoints.pairing import Donor, ZerosDonor, resolve_names, stream
+from ..checkpoints.pairing import Donor, DonorError, ZerosDonor, find_names, resolve_names, stream
 from .backends.sharded import GATHER, is_sharded, whole_shape
+from .left_out import aliases_of, plain_name, tied_modules
 from .targets import COMPILED
 
 if TYPE_CHECKING:
     from .config import GraftConfig
 
 
-def name_modules(config: GraftConfig) -> None:
-    """Name a task's head among the modules to save, as PEFT does, but before they are wrapped."""
+_TASK_HEADS = {"classifier", "score", "qa_outputs"}  # PEFT adds them for task types
+
+
+def name_modules(config: GraftConfig, model: nn.Module, from_file: bool) -> None:
+    """Complete the modules to save before PEFT wraps them: with the task's head, and with modules tied to them.
+
+    Args:
+        config: The adapter's config, to be completed.
+        model: The base.
+        from_file: Whether the modules come from a file, which has what it needs.
+
+    Raises:
+        ValueError: The user named a module that the base does not have.
+    """
+    if not from_file and config.modules_to_save:
+        keys = [plain_name(key) or "" for key, _ in model.named_modules(remove_duplicate=False)]
+        named = [
+            name for name in _named_by_user(config) if name not in _TASK_HEADS
+        ]  # these suit several models at once
+        wrong = [name for name in named if not any(key.endswith(name) for key in keys)]
+        if wrong:
+            raise ValueError(
+                f"modules_to_save must name modules of the base, got {wrong}, which {type(model).__name__} does not "
+                "have. Check the spelling against model.named_modules()."
+            )
+        config.modules_to_save = [*config.modules_to_save, *tied_modules(model, config.modules_to_save)]
     task = task_names(config.task_type)
     if task and task.late_modules:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *task.late_modules]))
+
+
+def _named_by_user(config: GraftConfig) -> list[str]:
+    """Return the modules to save without the heads that PEFT may have added for the task."""
+    heads = _TASK_HEADS if config.task_type is not None else set()
+    return [name for name in config.modules_to_save or [] if name not in heads]
 
 
 class DonorModule(ModulesToSaveWrapper):
@@ -107,30 +138,71 @@ def require_whole_modules(model: nn.Module, adapter_name: str, state_dict: Mappi
         raise ValueError(f"modules_to_save must be whole to be saved, got shards of {partial}. {GATHER}")
 
 
-def graft_modules(model: nn.Module, adapter_name: str, donor: Donor) -> None:
-    """Fill an adapter's modules to save with the donor's values and freeze them.
+def graft_modules(model: nn.Module, adapter_name: str, donor: Donor, config: GraftConfig) -> None:
+    """Fill an adapter's modules to save with the donor's values, buffers included, and freeze them.
 
-    Modules of which the donor lacks parameters keep the base's values and stay trainable.
+    A task's head of which the donor lacks parameters keeps the base's values and stays trainable.
 
     Args:
         model: The base, with the adapter in it.
         adapter_name: Name of the adapter.
         donor: The donor; `"zeros"` has no modules to save.
+        config: The adapter's config.
 
     Raises:
-        DonorError: The donor's module has other shapes.
+        DonorError: The donor's module has other shapes, or the donor lacks a module that the user named.
+    """
+    for key, module in _wrappers(model, adapter_name):
+        names = donor_names_of_module(model, adapter_name, key, module, donor, config)
+        if names is None:
+            continue
+        prefix = f"{plain_name(key)}."
+        copied = module.modules_to_save[adapter_name].state_dict()
+        base = {f"{prefix}{name}": value for name, value in copied.items() if value.is_floating_point()}
+        floats = {name: other for name, other in names.items() if name in base}
+        values = {name.removeprefix(prefix): after for name, _, after in stream(base, donor, floats)}
+        values |= {name.removeprefix(prefix): donor.get(other) for name, other in names.items() if name not in base}
+        _fill(module, adapter_name, values, freeze=True)
+
+
+def donor_names_of_module(
+    model: nn.Module, adapter_name: str, key: str, module: ModulesToSaveWrapper, donor: Donor, config: GraftConfig
+) -> dict[str, str] | None:
+    """Find the donor's tensors of a module to save, under any name that the base or the donor has for them.
+
+    Args:
+        model: The base, with the adapter in it.
+        adapter_name: Name of the adapter.
+        key: The wrapper's key in the model.
+        module: The wrapper.
+        donor: The donor.
+        config: The adapter's config.
+
+    Returns:
+        Donor tensor name by the base's name: of all parameters, and of the buffers that the donor has. None where the
+        donor lacks a head that was added for the task; the base's is kept then.
+
+    Raises:
+        DonorError: The donor's module has other shapes, or the donor lacks a module that the user named.
     """
     if isinstance(donor, ZerosDonor):
-        return
-    held = set(donor.names())
-    for key, module in _wrappers(model, adapter_name):
-        key = key.replace(COMPILED, "")
-        parameters = module.modules_to_save[adapter_name].named_parameters()
-        base = {f"{key}.{name}": value.detach() for name, value in parameters}
-        if base.keys() <= held:
-            names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
-            values = {name.removeprefix(f"{key}."): after for name, _, after in stream(base, donor, names)}
-            _fill(module, adapter_name, values, freeze=True)
+        return None
+    prefix = getattr(model, "base_model_prefix", "")
+    prefixes, aliases, plain = (prefix,) if prefix else (), aliases_of(model, donor), plain_name(key)
+    copied = module.modules_to_save[adapter_name]
+    wanted = {f"{plain}.{name}": tuple(whole_shape(value)) for name, value in copied.named_parameters()}
+    found = find_names(wanted, donor, prefixes, aliases)
+    lost = sorted(wanted.keys() - found.keys())
+    if lost and any(key.endswith(name) for name in _named_by_user(config)):
+        raise DonorError(
+            f"donor must hold the modules in modules_to_save, got {donor.name!r} without {', '.join(lost)}. Leave "
+            f"{plain!r} out of modules_to_save, or use a donor that has it."
+        )
+    if lost:
+        return None
+    found = resolve_names(wanted, donor, prefixes, aliases)
+    buffers = [f"{plain}.{name}" for name in copied.state_dict() if f"{plain}.{name}" not in wanted]
+    return found | find_names(buffers, donor, prefixes)
 
 
 def choose_modules(

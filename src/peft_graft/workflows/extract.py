@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,17 @@ from torch import nn
 
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
+from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import (
+    FLOAT_DTYPES,
+    Block,
     CheckpointDonor,
     Donor,
     DonorError,
     ZerosDonor,
+    bits_differ,
+    find_names,
     nothing_to_graft,
     open_donor,
     resolve_names,
@@ -33,12 +39,14 @@ from ..checkpoints.pairing import (
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..peft_compat.transformers_names import modeling_auto
-from ..selection.budget import Budget
+from ..selection.budget import Budget, capped_note
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
-from ..tuner.modules_to_save import fill_modules
+from ..tuner.left_out import aliases_of, base_tensors, plain_name, report_left_out, require_nothing_more
+from ..tuner.modules_to_save import donor_names_of_module, fill_modules
 
+_LOG = logging.getLogger(__name__)
 _ADAPTER = "default"
 # Entries that are encoded at the same time, at about 50 bytes each.
 _ENTRIES_IN_FLIGHT = 1 << 22
@@ -79,6 +87,7 @@ def extract(
     exclude_modules: Collection[str] | str | None = None,
     modules_to_save: list[str] | None = None,
     alpha: float = 1.0,
+    allow_extra: bool = False,
     task_type: str | None = None,
     seed: int = 0,
     base_revision: str | None = None,
@@ -99,15 +108,17 @@ def extract(
         output_dir: Directory of the adapter; it appears when the adapter is complete.
         density: Share of the targeted entries to take from the donor, in (0, 1].
         num_params: The same as an integer.
-        exact: Take every entry whose bits differ: a lossless patch of everything that is targeted, without a budget.
+        exact: Take every entry whose bits differ, without a budget: a lossless patch of everything, embeddings and head
+            included, unless `target_modules` says otherwise.
         selection: Rule that scores the entries; it must need nothing but weights: `"magnitude"` or `"random"`.
         budget_scope: `"global"`, one budget over all targeted tensors, or `"tensor"`, the same density in each.
         granularity: Take single entries (`"entry"`), or whole `"tensor"`s or `"layer"`s.
         target_modules: Names (suffixes) or a regular expression of the modules to graft, or `"all"`. Default: all but
-            embeddings and head.
+            embeddings and head; with `exact`, `"all"`.
         exclude_modules: Names or a regular expression of modules to leave alone.
         modules_to_save: Modules to take whole from the donor.
         alpha: Scale of the patch; 1 gives the donor's bits.
+        allow_extra: Accept a donor with tensors for which the base has no place, and take only what both have.
         task_type: PEFT's task type, such as `"CAUSAL_LM"`. Default: the task of the donor's architecture.
         seed: Seed of the rule `"random"`.
         base_revision: Branch, tag or commit of a base on the Hub.
@@ -129,11 +140,14 @@ def extract(
         ValueError: An option is out of range.
 
     Warns:
-        UserWarning: An exact patch is larger than the donor.
+        UserWarning: An exact patch is larger than the donor; the donor's configuration computes something else than the
+            base's; the donor does not tie what the base ties.
     """
     target = Path(output_dir)
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     _require_files(donor)
+    if exact and target_modules is None and not config_options.get("target_parameters"):
+        target_modules = "all"
     config = GraftConfig(
         donor=os.fspath(donor),
         donor_revision=donor_revision,
@@ -146,13 +160,16 @@ def extract(
         exclude_modules=copy.copy(exclude_modules),
         modules_to_save=copy.copy(modules_to_save),
         alpha=alpha,
+        allow_extra=allow_extra,
         task_type=task_type,
         seed=seed,
         **config_options,
     )
     _require_no_data(config, exact)
     opened = _open(base, base_revision, config, token)
-    return _write(opened, config, exact, target, show_progress_bar)
+    result = _write(opened, config, exact, target, show_progress_bar)
+    _report(opened)
+    return result
 
 
 def task_of(model: nn.Module) -> str | None:
@@ -189,6 +206,9 @@ class _Opened(NamedTuple):
     peft_model: PeftModel
     donor: Donor
     pairs: PairedReader
+    base_view: RenamedCheckpoint
+    donor_view: RenamedCheckpoint | None
+    extra: list[str]
 
 
 def _open(
@@ -207,8 +227,73 @@ def _open(
     donor = tuner.open_donor(_ADAPTER, token)
     donor_view = donor if isinstance(donor, RenamedCheckpoint) else None
     pairs = _pair_targets(tuner, base_view, donor_view)
-    _fill_modules_to_save(tuner.model, base_view, donor_view)
-    return _Opened(peft_model, donor, pairs)
+    extra = require_nothing_more(tuner.model, donor_view or donor, config.allow_extra)
+    _fill_modules_to_save(tuner, base_view, donor_view)
+    return _Opened(peft_model, donor, pairs, base_view, donor_view, extra)
+
+
+def _report(opened: _Opened) -> None:
+    """Say what the adapter leaves out of its donor."""
+    if opened.donor_view is None:
+        return
+    tuner: GraftModel = opened.peft_model.base_model
+    comparison = _InFiles(tuner.model, opened.base_view, opened.donor_view)
+    names = tuner.donor_names(_ADAPTER, opened.donor_view)
+    report_left_out(tuner.model, _ADAPTER, opened.donor_view, names, comparison, opened.extra, comparison.base_names)
+
+
+class _InFiles:
+    """Compare the tensors of a base with those of a donor, both in files, block by block.
+
+    Args:
+        model: The base's model without values.
+        base_view: The base's files.
+        donor_view: The donor's files.
+
+    Attributes:
+        base_names: The model's names of the tensors whose values the base's files have.
+    """
+
+    def __init__(self, model: nn.Module, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint) -> None:
+        self._base, self._donor = base_view, donor_view
+        self._tensors = {name: tensor for tensor in base_tensors(model) for name in tensor.names}
+        prefix = getattr(model, "base_model_prefix", "")
+        aliases = {name: [other for other in tensor.names if other != name] for name, tensor in self._tensors.items()}
+        self.base_names = find_names(self._tensors, base_view, (prefix,) if prefix else (), aliases)
+
+    def base_and_donor(self, pairs: Mapping[str, str]) -> set[str]:
+        """Return the names of the base's tensors that differ from the donor's."""
+        dtypes = {name: self._tensors[name].values().dtype for name in pairs}
+        ours = {name: (self._base, self.base_names[name]) for name in pairs if name in self.base_names}
+        return self._differing(ours, {name: pairs[name] for name in ours}, dtypes)
+
+    def within_donor(self, pairs: Mapping[str, str]) -> set[str]:
+        """Return those of the donor's tensors that differ from another tensor of the donor."""
+        return self._differing({name: (self._donor, name) for name in pairs}, pairs, {})
+
+    def _differing(
+        self,
+        ours: Mapping[str, tuple[RenamedCheckpoint, str]],
+        theirs: Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> set[str]:
+        found: set[str] = set()
+        sides: tuple[dict[str, list[Extent]], dict[str, list[Extent]]] = ({}, {})
+        for name, (view, stored) in ours.items():
+            if view.shape(stored) != self._donor.shape(theirs[name]):
+                found.add(name)
+                continue
+            one, other = view.extents(stored), self._donor.extents(theirs[name])
+            if {extent.dtype for extent in (*one, *other)} <= {*FLOAT_DTYPES}:
+                sides[0][name], sides[1][name] = one, other
+
+        def differs(block: Block) -> bool:
+            return bool(bits_differ(block.base, block.donor.to(block.base.dtype)).any())
+
+        if sides[0]:
+            reader = PairedReader(*sides, {name: dtype for name, dtype in dtypes.items() if name in sides[0]})
+            found |= {span.name for span, result in reader.map(differs) if result}
+        return found
 
 
 def _pair_targets(
@@ -225,36 +310,41 @@ def _pair_targets(
     return PairedReader(extents[0], extents[1] if donor_view is not None else None, dtypes)
 
 
-def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint | None) -> None:
-    """Give the modules to save the donor's values, or the base's if the donor lacks them."""
+def _fill_modules_to_save(
+    tuner: GraftModel, base_view: RenamedCheckpoint, donor_view: RenamedCheckpoint | None
+) -> None:
+    """Give the modules to save the donor's values, or a task's head the base's if the donor lacks it."""
+    model, config = tuner.model, tuner.peft_config[_ADAPTER]
     tensors: dict[str, torch.Tensor] = {}
     for key, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or _ADAPTER not in module.modules_to_save:
             continue
-        copied = module.modules_to_save[_ADAPTER]
-        wanted = {f"{key}.{name}": tuple(value.shape) for name, value in copied.named_parameters()}
-        view = donor_view if donor_view is not None and wanted.keys() <= {*donor_view.names()} else base_view
-        names = resolve_names(wanted, view)
-        loaded = module.original_module.state_dict()
-        tensors |= {
-            # Rounded to the base's dtype first, as a copy of the base's own module would be.
-            f"{key}.{name}": view.get(names.get(f"{key}.{name}", f"{key}.{name}"))
-            .to(loaded[name].dtype)
-            .to(empty.dtype)
-            for name, empty in copied.state_dict().items()
+        copied, plain = module.modules_to_save[_ADAPTER], plain_name(key)
+        view = base_view if donor_view is None else donor_view
+        names = donor_names_of_module(model, _ADAPTER, key, module, donor_view or ZerosDonor(), config)
+        if names is None:
+            prefix = getattr(model, "base_model_prefix", "")
+            view = base_view
+            wanted = {f"{plain}.{name}": tuple(value.shape) for name, value in copied.named_parameters()}
+            names = resolve_names(wanted, view, (prefix,) if prefix else (), aliases_of(model, view))
+            names |= find_names([f"{plain}.{name}" for name in copied.state_dict()], view)
+        loaded = {
+            name.removeprefix("base_layer."): value for name, value in module.original_module.state_dict().items()
         }
+        for name, empty in copied.state_dict().items():
+            stored = names.get(f"{plain}.{name}")
+            # A counter that neither file has starts at zero.
+            found = torch.zeros(empty.shape) if stored is None else view.get(stored)
+            # Rounded to the base's dtype first, as a copy of the base's own module would be.
+            tensors[f"{plain}.{name}"] = found.to(loaded.get(name, empty).dtype).to(empty.dtype)
     fill_modules(model, _ADAPTER, tensors)
 
 
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:
     """Select the entries and write the adapter."""
     pairs = opened.pairs
-    selector = Selector(
-        pairs,
-        None if exact else get_rule(config.selection),
-        Budget(config.density, config.num_params, config.budget_scope, config.granularity),
-        seed=config.seed,
-    )
+    budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
+    selector = Selector(pairs, None if exact else get_rule(config.selection), budget, seed=config.seed)
     # The configuration is put in place last: until then, the old one refuses the new tensors.
     with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
         total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
@@ -266,6 +356,8 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         _install(opened.peft_model, packed, selector.eligible, exact)
         opened.peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    if note := capped_note(budget, selector.wanted, packed.entries, selector.eligible):
+        _LOG.warning(note)
     donor_nbytes = pairs.nbytes[1]
     if exact and 0 < donor_nbytes <= nbytes:
         warnings.warn(

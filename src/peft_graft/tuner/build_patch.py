@@ -5,30 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..adapter_files.hub_names import cached_commit
 from ..adapter_files.versions import installed_versions
-from ..checkpoints.name_mapping import RenamedCheckpoint
+from ..checkpoints.name_mapping import RenamedCheckpoint, plain_state
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
     PairedTensors,
+    ZerosDonor,
     nothing_to_graft,
     open_donor,
     resolve_names,
     stream,
 )
+from ..checkpoints.wrappers import unwrap
 from ..selection.budget import Budget
 from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
+from .base_files import (
+    carry_new_modules,
+    find_base_files,
+    find_new_tensors,
+    refuse_new_targets,
+    warn_of_changed_values,
+    warn_of_rows,
+)
 from .layer import GraftLayer
 from .mask import GraftStates
-from .modules_to_save import graft_modules
+from .modules_to_save import graft_modules, names_to_save
+
+if TYPE_CHECKING:
+    from .config import GraftConfig
 
 Target = tuple[GraftLayer, str]
 MANY_ENTRIES = 100_000_000  # from here on, reading the donor takes seconds
@@ -77,14 +90,25 @@ class PatchBuilder:
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
         config.note(provenance={"versions": installed_versions()})
-        self.donors[adapter_name] = (
-            RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
-        )
+        self.donors[adapter_name] = _in_names_of(self.model, donor)
         return self.donors[adapter_name]
+
+    def _carry_new_modules(self, config: GraftConfig, model: nn.Module) -> None:
+        """Take modules whole that the base's files do not hold, as far as there are files and a donor in them."""
+        files = None if config.donor == ZerosDonor.name else find_base_files(model)
+        if files is not None and any(find_new_tensors(model, files)):
+            carry_new_modules(
+                config, model, files, _in_names_of(model, open_donor(config.donor, config.donor_revision))
+            )
 
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
         self.donor_names(adapter_name)  # first, because the body tells another architecture better than the head does
+        targets, files = self.targets(adapter_name), find_base_files(self.model)
+        if files is not None:
+            refuse_new_targets(self.model, files, list(targets))
+            warn_of_changed_values(files, targets)
+        warn_of_rows(self.model, donor, [*targets, *names_to_save(self.model, adapter_name)])
         graft_modules(self.model, adapter_name, donor)
         rule = get_rule(config.selection)
         if rule.kind == "scored":
@@ -199,6 +223,13 @@ class PatchBuilder:
         trains = adapter_name in self.active_adapters and not self.peft_config[adapter_name].inference_mode
         for layer, _ in targets.values():
             layer.set_requires_grad(adapter_name, trains)
+
+
+def _in_names_of(model: nn.Module, donor: Donor) -> Donor:
+    """Give a donor's tensors the names that they have in the base."""
+    if isinstance(donor, CheckpointDonor):
+        return RenamedCheckpoint(donor, model)
+    return unwrap(donor, plain_state(model))
 
 
 def _count(budget: int | dict[str, int] | None) -> int:

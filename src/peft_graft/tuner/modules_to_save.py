@@ -11,8 +11,8 @@ from torch import nn
 
 from ..adapter_files.task_types import task_names
 from ..checkpoints.pairing import Donor, ZerosDonor, resolve_names, stream
+from ..checkpoints.wrappers import plain_key
 from .backends.sharded import GATHER, is_sharded, whole_shape
-from .targets import COMPILED
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -84,6 +84,15 @@ def _wrappers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Module
             yield key, module
 
 
+def names_to_save(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the names in the unwrapped model of all parameters that an adapter stores whole."""
+    return [
+        f"{plain_key(key)}.{name}"
+        for key, module in _wrappers(model, adapter_name)
+        for name, _ in module.modules_to_save[adapter_name].named_parameters()
+    ]
+
+
 def require_whole_modules(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Refuse to save modules of which only shards are at hand.
 
@@ -124,7 +133,7 @@ def graft_modules(model: nn.Module, adapter_name: str, donor: Donor) -> None:
         return
     held = set(donor.names())
     for key, module in _wrappers(model, adapter_name):
-        key = key.replace(COMPILED, "")
+        key = plain_key(key)
         parameters = module.modules_to_save[adapter_name].named_parameters()
         base = {f"{key}.{name}": value.detach() for name, value in parameters}
         if base.keys() <= held:
@@ -188,7 +197,7 @@ def fill_modules(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
         tensors: By name in the unwrapped model: all of each module.
     """
     for key, module in _wrappers(model, adapter_name):
-        prefix = f"{key.replace(COMPILED, '')}."
+        prefix = f"{plain_key(key)}."
         values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         _fill(module, adapter_name, values, freeze=False)
 

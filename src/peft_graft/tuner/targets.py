@@ -11,20 +11,18 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..checkpoints.wrappers import plain_key
 from ..peft_compat.peft_names import (
     check_target_module_exists,
     find_minimal_target_modules,
     include_all_linear_layers,
 )
-from ..peft_compat.torch_names import COMPILED as _COMPILED
 from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
 from .parameter_hooks import CHILD_NAME
 
 if TYPE_CHECKING:
     from .config import GraftConfig
-
-COMPILED = f"{_COMPILED}."  # torch.compile puts it before the names of a model
 
 
 def is_wrappable(module: nn.Module) -> bool:
@@ -76,7 +74,7 @@ def head_names(model: nn.Module) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     for key, module in model.named_modules():
-        name = f"{key}.".replace(COMPILED, "")
+        name = plain_key(f"{key}.")
         if output is not None and module is output:
             heads.add(key)
         elif backbone is not None and backbone is not model and key and not name.startswith(f"{prefix}."):
@@ -172,6 +170,13 @@ def _is_wanted(config: GraftConfig, key: str) -> bool:
     probe.exclude_modules = None
     # PEFT does not look at the layers of a full match, only of a suffix.
     return bool(check_target_module_exists(probe, f".{key}"))
+
+
+def is_left_alone(config: GraftConfig, key: str) -> bool:
+    """Return whether `exclude_modules` or `modules_to_save` already says what becomes of a module."""
+    probe = copy.copy(config)
+    probe.target_modules, probe.layers_to_transform, probe.layers_pattern = {key}, None, None
+    return not check_target_module_exists(probe, key)
 
 
 def _shortened(names: list[str], others: list[str]) -> set[str] | str:

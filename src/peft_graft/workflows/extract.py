@@ -37,6 +37,8 @@ from ..selection.budget import Budget
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
+from ..tuner.base_files import carry_new_modules, warn_of_rows
+from ..tuner.modules_to_save import name_modules, names_to_save
 
 _ADAPTER = "default"
 # Entries that are encoded at the same time, at about 50 bytes each.
@@ -194,12 +196,15 @@ def _open(
     base: str | os.PathLike[str], base_revision: str | None, config: GraftConfig, token: str | bool | None
 ) -> _Opened:
     base_files = CheckpointDonor(base, base_revision, role="base", token=token)
-    open_donor(config.donor, config.donor_revision, token)  # before its configuration: these errors name the donor
+    donor_files = open_donor(config.donor, config.donor_revision, token)  # first: its errors name the donor
     is_zeros = config.donor == ZerosDonor.name
     like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
     model = build_skeleton(base, base_revision, like, token=token)
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
+    name_modules(config)
+    if isinstance(donor_files, CheckpointDonor):
+        carry_new_modules(config, model, base_view, RenamedCheckpoint(donor_files, model))
     config.note(fingerprint={})  # marks the adapter as a saved one, so that no patch is made now
     peft_model = get_peft_model(model, config, revision=base_revision)
     tuner: GraftModel = peft_model.base_model
@@ -207,6 +212,7 @@ def _open(
     donor_view = donor if isinstance(donor, RenamedCheckpoint) else None
     pairs = _pair_targets(tuner, base_view, donor_view)
     _fill_modules_to_save(tuner.model, base_view, donor_view)
+    warn_of_rows(tuner.model, donor, [*tuner.targets(_ADAPTER), *names_to_save(tuner.model, _ADAPTER)])
     return _Opened(peft_model, donor, pairs)
 
 

@@ -138,7 +138,10 @@ def graft_modules(model: nn.Module, adapter_name: str, donor: Donor) -> None:
         base = {f"{key}.{name}": value.detach() for name, value in parameters}
         if base.keys() <= held:
             names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
-            values = {name.removeprefix(f"{key}."): after for name, _, after in stream(base, donor, names)}
+            floats = {name: names[name] for name, value in base.items() if value.is_floating_point()}
+            values = {name.removeprefix(f"{key}."): after for name, _, after in stream(base, donor, floats)}
+            for name in base.keys() - floats.keys():  # whole integers and complex numbers need no delta
+                values[name.removeprefix(f"{key}.")] = donor.get(names[name])
             _fill(module, adapter_name, values, freeze=True)
 
 

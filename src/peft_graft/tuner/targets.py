@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
@@ -37,6 +38,8 @@ def reason_to_refuse(module: nn.Module) -> str | None:
     """Return the reason why a module cannot be patched, or None."""
     if parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
+    if not _runs(module):
+        return "it has no forward of its own, so nothing tells when its parameters are read"
     if isinstance(module, nn.RNNBase):
         return "recurrent modules read flattened weights that a patch cannot shadow"
     if find_backend(module) is not None:
@@ -50,6 +53,16 @@ def reason_to_refuse(module: nn.Module) -> str | None:
     if not own_parameters(module):
         return "it owns no parameters. Name the modules inside of it"
     return None
+
+
+def _runs(module: nn.Module) -> bool:
+    """Return whether a module is ever called; containers such as ParameterList only hold what others read."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _can_be_saved(module: nn.Module) -> bool:
+    """Return whether PEFT can wrap a module as one to save: it runs, and all its parameters could train."""
+    return _runs(module) and all(value.is_floating_point() or value.is_complex() for value in module.parameters())
 
 
 def refuse(key: str, module: nn.Module) -> None:
@@ -82,12 +95,15 @@ def head_names(model: nn.Module) -> set[str]:
     return heads
 
 
-def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list[str], list[str]]:
+def default_targets(
+    model: nn.Module, everything: bool, left_alone: Callable[[str], bool] = lambda key: False
+) -> tuple[list[str], list[str], list[str]]:
     """Find the modules to graft when the user names none, or says `"all"`.
 
     Args:
         model: The base.
         everything: Take embeddings, the head and bare parameters of parent modules too.
+        left_alone: Says of a module's name that the user has decided about it, so that no warning is due.
 
     Returns:
         Names of the modules to graft, names of all other modules, and names of bare parameters to graft.
@@ -111,7 +127,7 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
         if not key or isinstance(module, AuxiliaryTrainingWrapper) or not is_wrappable(unit):
             own = [f"{key}.{param}" for param in unit._parameters if unit._parameters[param] is not None]
             if everything and key and own and not isinstance(module, AuxiliaryTrainingWrapper):
-                bare.extend(own)
+                (bare if _runs(unit) else skipped).extend(own if _runs(unit) else [key])
             if key:
                 others.append(key)
             continue
@@ -122,8 +138,10 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
             others.append(key)
         else:
             names.append(key)
-    if skipped:
-        warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.", stacklevel=2)
+    if skipped := [key for key in skipped if not left_alone(key)]:
+        whole = [key for key in skipped if _can_be_saved(model.get_submodule(key))]
+        remedy = f" If they were fine-tuned, take them whole from the donor: modules_to_save={whole}." if whole else ""
+        warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.{remedy}", stacklevel=2)
     return names, others, bare
 
 
@@ -147,7 +165,7 @@ def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
         config.target_modules = {name for name in found if _is_wanted(config, name)}
     if not everything and (config.target_modules is not None or config.target_parameters is not None):
         return config
-    names, others, bare = default_targets(model, everything)
+    names, others, bare = default_targets(model, everything, lambda key: is_left_alone(config, key))
     wanted = [name for name in names if _is_wanted(config, name)]
     bare = [name for name in bare if _is_wanted(config, name.rpartition(".")[0])]
     if not wanted and not bare:

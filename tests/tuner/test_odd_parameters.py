@@ -72,7 +72,8 @@ def test_parameters_without_dimensions_and_without_entries(in_file: bool, tmp_pa
 
 def test_shared_layers_of_albert(tmp_path: Path) -> None:
     config = AlbertConfig(
-        vocab_size=64, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=64, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32,
         max_position_embeddings=32, num_labels=2,
     )  # fmt: skip
     base = AlbertForSequenceClassification(config).eval()

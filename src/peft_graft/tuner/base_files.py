@@ -152,7 +152,8 @@ def refuse_new_targets(model: nn.Module, files: RenamedCheckpoint, targets: Coll
     raise DonorError(
         f"base must hold every targeted tensor in its files, got {files.name!r} without {_listed(found)} as the "
         f"model has them{' (' + '; '.join(rows) + ')' if rows else ''}: they are new at every load, and the adapter "
-        "could not be loaded again. Write the base once, base.save_pretrained('path/to/new-base'), load it from there and graft "
+        "could not be loaded again. Write the base once, base.save_pretrained('path/to/new-base'), load it from there "
+        "and graft "
         f"that; or leave them out with exclude_modules={modules}."
     )
 

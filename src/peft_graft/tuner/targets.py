@@ -109,7 +109,10 @@ def default_targets(
         Names of the modules to graft, names of all other modules, and names of bare parameters to graft.
     """
     heads = set() if everything else head_names(model)
-    names, others, bare, skipped = [], [], [], []
+    names: list[str] = []
+    others: list[str] = []
+    bare: list[str] = []
+    skipped: list[str] = []
     units: list[str] = []
     for key, module in model.named_modules():
         inner = any(key.startswith(f"{unit}.") for unit in units)
@@ -127,7 +130,10 @@ def default_targets(
         if not key or isinstance(module, AuxiliaryTrainingWrapper) or not is_wrappable(unit):
             own = [f"{key}.{param}" for param in unit._parameters if unit._parameters[param] is not None]
             if everything and key and own and not isinstance(module, AuxiliaryTrainingWrapper):
-                (bare if _runs(unit) else skipped).extend(own if _runs(unit) else [key])
+                if _runs(unit):
+                    bare.extend(own)
+                else:
+                    skipped.append(key)
             if key:
                 others.append(key)
             continue

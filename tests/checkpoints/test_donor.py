@@ -283,3 +283,11 @@ class TestOpenDonor:
     def test_refuses_other_things(self, donor: object) -> None:
         with pytest.raises(DonorError, match=f"got {type(donor).__name__}"):
             open_donor(donor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("write", [write_single, write_shards])
+def test_the_files_of_diffusers_are_found(tmp_path: Path, write) -> None:
+    write(tmp_path)
+    for file in tmp_path.glob("model.safetensors*"):
+        file.rename(tmp_path / f"diffusion_pytorch_{file.name}")
+    check_holds_tensors(CheckpointDonor(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -28,6 +29,9 @@ from ..peft_compat.torch_names import COMPILED
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The names that diffusers gives to the weights of a part of a pipeline.
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 # Dtypes of the tensors of a base, a donor and a patch.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How many names an error message lists at most.
@@ -323,7 +327,13 @@ def _open(path: Path, role: str) -> Any:
 
 
 def _find_in_directory(path: Path, role: str) -> Path:
-    for name in (WEIGHTS_FILE, INDEX_FILE):
+    if (path / WEIGHTS_FILE).is_file() and (path / INDEX_FILE).is_file():
+        warnings.warn(
+            f"{role} directory should hold one checkpoint, got {WEIGHTS_FILE} and {INDEX_FILE} in {str(path)!r}. "
+            f"{WEIGHTS_FILE} is read, as transformers does; delete the one that is left over from another save.",
+            stacklevel=2,
+        )
+    for name in (WEIGHTS_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_INDEX_FILE):
         if (path / name).is_file():
             return path / name
     files = sorted(file.name for file in path.iterdir())

@@ -24,6 +24,7 @@ from ..peft_compat.transformers_names import (
     rename_source_key,
 )
 from .donor import CheckpointDonor, DonorError, Extent
+from .wrappers import look_through, plain_key, refuse_adapted
 
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
@@ -137,13 +138,16 @@ class RenamedCheckpoint:
         self._stored: dict[str, list[str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._refused: dict[str, str] = {}
-        state = _plain_state(model)
-        collected = _collect(checkpoint.names(), model, state)
+        state = plain_state(model)
+        refuse_adapted(checkpoint.names(), checkpoint.name, checkpoint.role)
+        in_file = look_through(checkpoint.names(), state)
+        collected = _collect(list(in_file), model, state)
         for target, (converter, sources) in collected.items():
             if converter is None:
                 stored = [key for keys in sources.values() for key in keys][:1]
             else:
                 stored = _in_flat_order(converter, list(sources.values()))
+            stored = [in_file[key] for key in stored]
             if stored:
                 self._stored[target] = stored
                 shape = self.checkpoint.shape(stored[0])
@@ -160,6 +164,33 @@ class RenamedCheckpoint:
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return sorted(self._stored)
+
+    def holds(self, name: str) -> bool:
+        """Return whether the files hold a tensor, also in a form that has to be converted."""
+        return name in self._stored or name in self._refused
+
+    def entries(self, name: str, positions: Sequence[int]) -> torch.Tensor | None:
+        """Read single entries of a tensor.
+
+        Args:
+            name: Name of the tensor.
+            positions: Flat indices, in increasing order.
+
+        Returns:
+            Their values, [n], in the files' dtype; None if that is no floating-point dtype.
+        """
+        found, start = [], 0
+        for extent in self.extents(name):
+            if not isinstance(extent.dtype, torch.dtype):
+                return None
+            end, width = start + math.prod(extent.shape), extent.dtype.itemsize
+            with extent.path.open("rb") as file:
+                for position in positions:
+                    if start <= position < end:
+                        file.seek(extent.offset + (position - start) * width)
+                        found.append(torch.frombuffer(bytearray(file.read(width)), dtype=extent.dtype))
+            start = end
+        return torch.cat(found)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, as the files state it."""
@@ -198,13 +229,16 @@ class RenamedCheckpoint:
             )
 
 
-def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's state dict as it was before adapters were added."""
-    return {
-        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for key, tensor in model.state_dict().items()
-        if not {"graft_patch", "modules_to_save"} & {*key.split(".")}
-    }
+def plain_name(key: str) -> str | None:
+    """Return the name that a tensor of a model has without adapters and wrappers; None for an adapter's own."""
+    if {"graft_patch", "modules_to_save"} & {*key.split(".")}:
+        return None
+    return plain_key(key).replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's state dict as it was before adapters were added, without the names of wrappers."""
+    return {name: tensor for key, tensor in model.state_dict().items() if (name := plain_name(key)) is not None}
 
 
 def _collect(

@@ -16,6 +16,7 @@ from ..checkpoints.donor import FLOAT_DTYPES
 from .index_codec import PatchError, broken
 
 NUM_SAMPLES = 64
+_MAX_NAMED = 8  # tensors that an error names: if more differ, the base is another one
 _MIN_COSINE = 0.9  # between values and their quantized form: 4 bits leave 0.99
 
 _DTYPE_NAMES = frozenset(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
@@ -87,10 +88,17 @@ class Fingerprint:
             The count, at most 64.
         """
         entries = _in_order(base_entries)
+        count = sum(len(values) for values in entries)
+        owners = self._differing(base_entries, rounded)
+        return min(NUM_SAMPLES, max(count, self.count)) if owners is None else len(owners)
+
+    def _differing(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str]) -> list[str] | None:
+        """Return the tensor of each sampled entry that differs; None if the number of entries differs."""
+        entries = _in_order(base_entries)
         now, owners, count = _sampled(entries)
         names = _split_runs(self.dtype, len(entries))
         if count != self.count or names is None:
-            return min(NUM_SAMPLES, max(count, self.count))
+            return None
         then = torch.tensor(np.frombuffer(base64.b64decode(self.sample), "<f8"))
         same = torch.ones(len(now), dtype=torch.bool)
         tensors = sorted(base_entries)
@@ -100,7 +108,7 @@ class Fingerprint:
         for i, owner in enumerate(owners):
             if not inexact[i]:
                 same[i] = _agree(then[i], getattr(torch, names[owner]), now[i], entries[owner].dtype)
-        return int((~same).sum())
+        return [tensors[owner] for owner, agrees in zip(owners, same.tolist(), strict=True) if not agrees]
 
     def require(
         self, base_entries: Mapping[str, torch.Tensor], base_name: str | None = None, rounded: Collection[str] = ()
@@ -123,6 +131,7 @@ class Fingerprint:
         raise PatchError(
             "base must be the model that this patch was made for, got values that differ at the patched positions "
             f"({found}). {load}, at the same revision and before any fine-tuning or merging."
+            f"{_explain(base_entries, self._differing(base_entries, rounded) or [])}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +164,19 @@ class Fingerprint:
                 "Download the adapter's configuration again."
             ) from error
         return made
+
+
+def _explain(base_entries: Mapping[str, torch.Tensor], differing: Sequence[str]) -> str:
+    """Say where the differences are, if only in some tensors: there, the base may have been new at its load."""
+    where = sorted({*differing})
+    if not where or len(where) == len(base_entries) or len(where) > _MAX_NAMED:
+        return ""
+    modules = sorted({name.rpartition(".")[0] for name in where})
+    return (
+        f" The samples that differ are all of them in {where}. If the base's files do not hold these tensors, or rows "
+        "were added to them, they are new at every load: make the adapter again, with the base that was saved after "
+        f"they were made, or with modules_to_save={modules}."
+    )
 
 
 def _in_order(base_entries: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,24 +16,37 @@ from transformers import PretrainedConfig
 from ..adapter_files.hub_names import cached_commit
 from ..adapter_files.versions import installed_versions
 from ..checkpoints.forward_config import Differences, describe, forward_differences, read_donor_config
-from ..checkpoints.name_mapping import RenamedCheckpoint
+from ..checkpoints.name_mapping import RenamedCheckpoint, plain_state
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
     PairedTensors,
+    ZerosDonor,
     nothing_to_graft,
     open_donor,
     resolve_names,
     stream,
 )
+from ..checkpoints.wrappers import unwrap
 from ..selection.budget import Budget, capped_note
 from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
+from .base_files import (
+    carry_new_modules,
+    find_base_files,
+    find_new_tensors,
+    refuse_new_targets,
+    warn_of_changed_values,
+    warn_of_rows,
+)
 from .layer import GraftLayer
 from .left_out import InMemory, aliases_of, base_tensors, report_left_out, require_nothing_more
 from .mask import GraftStates
-from .modules_to_save import graft_modules
+from .modules_to_save import graft_modules, names_to_save
+
+if TYPE_CHECKING:
+    from .config import GraftConfig
 
 Target = tuple[GraftLayer, str]
 _LOG = logging.getLogger(__name__)
@@ -88,9 +101,7 @@ class PatchBuilder:
                 name: {"base": ours, "donor": theirs} for name, (ours, theirs) in differences.items()
             }
         config.note(provenance=provenance)
-        self.donors[adapter_name] = (
-            RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
-        )
+        self.donors[adapter_name] = _in_names_of(self.model, donor)
         return self.donors[adapter_name]
 
     def _config_differences(self, donor: Donor) -> Differences:
@@ -110,11 +121,24 @@ class PatchBuilder:
             )
         return differences
 
+    def _carry_new_modules(self, config: GraftConfig, model: nn.Module) -> None:
+        """Take modules whole that the base's files do not hold, as far as there are files and a donor in them."""
+        files = None if config.donor == ZerosDonor.name else find_base_files(model)
+        if files is not None and any(find_new_tensors(model, files)):
+            carry_new_modules(
+                config, model, files, _in_names_of(model, open_donor(config.donor, config.donor_revision))
+            )
+
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
         # First, because the body tells another architecture better than the head does.
         names = self.donor_names(adapter_name)
         extra = require_nothing_more(self.model, donor, config.allow_extra)
+        targets, files = self.targets(adapter_name), find_base_files(self.model)
+        if files is not None:
+            refuse_new_targets(self.model, files, list(targets))
+            warn_of_changed_values(files, targets)
+        warn_of_rows(self.model, donor, [*targets, *names_to_save(self.model, adapter_name)])
         graft_modules(self.model, adapter_name, donor, config)
         report_left_out(self.model, adapter_name, donor, names, InMemory(base_tensors(self.model), donor), extra)
         rule = get_rule(config.selection)
@@ -231,6 +255,13 @@ class PatchBuilder:
         trains = adapter_name in self.active_adapters and not self.peft_config[adapter_name].inference_mode
         for layer, _ in targets.values():
             layer.set_requires_grad(adapter_name, trains)
+
+
+def _in_names_of(model: nn.Module, donor: Donor) -> Donor:
+    """Give a donor's tensors the names that they have in the base."""
+    if isinstance(donor, CheckpointDonor):
+        return RenamedCheckpoint(donor, model)
+    return unwrap(donor, plain_state(model))
 
 
 def _count(budget: int | dict[str, int] | None) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.pairing import Donor, DonorError
+from ..checkpoints.wrappers import plain_key
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
 from ..peft_compat.peft_names import get_submodules
@@ -32,7 +33,7 @@ from .modules_to_save import copy_modules, name_modules
 from .parameter_hooks import CHILD_NAME, ParameterHooks
 from .quantized_layer import GraftQuantizedLinear
 from .state_dict import install_patch, pack, unpack
-from .targets import COMPILED, is_wrappable, refuse, resolve_targets
+from .targets import is_wrappable, refuse, resolve_targets
 from .trainer import is_for_hub, keep_card
 from .weighted import combine, read_patch
 
@@ -77,6 +78,19 @@ def require_no_other_method(model: nn.Module) -> None:
         )
 
 
+def require_unwrapped(model: nn.Module) -> None:
+    """Refuse a base inside of a wrapper for several devices, whose name would be part of every tensor's name.
+
+    Raises:
+        ValueError: Names the wrapper.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"base must come without its wrapper, got {type(model).__name__}, which puts 'module.' before every name. "
+            "Graft the model inside, get_peft_model(base.module, ...), and wrap the result."
+        )
+
+
 class GraftModel(PatchBuilder, BaseTuner):
     """Graft a donor's skill into a base: theta = theta_base + alpha * mask * (theta_donor - theta_base).
 
@@ -89,6 +103,7 @@ class GraftModel(PatchBuilder, BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
+        require_unwrapped(model)
         require_no_other_method(model)
         # Set before the base class injects. The states are shared with every layer, also with those that a base
         # carries already, from an earlier call or a refused file.
@@ -136,6 +151,8 @@ class GraftModel(PatchBuilder, BaseTuner):
                 f"{model_type!r}. Load {config.base_model_name_or_path or 'the base that it was made from'!r}."
             )
         config.note(base_model_type=recorded or model_type)
+        if not from_file:
+            self._carry_new_modules(config, model)
         self.states[adapter_name] = GraftState(config)
         self.states[adapter_name].awaits_file = from_file
         with ExitStack() as undo:
@@ -201,7 +218,7 @@ class GraftModel(PatchBuilder, BaseTuner):
             refuse(key, base)
         if isinstance(target, GraftLayer):
             return target
-        key = key.replace(COMPILED, "")
+        key = plain_key(key)
         if not is_wrappable(target):
             hooks = getattr(target, CHILD_NAME, None)
             if hooks is None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..adapter_files.task_types import task_names
 from ..checkpoints.pairing import Donor, DonorError, ZerosDonor, find_names, resolve_names, stream
+from ..checkpoints.wrappers import plain_key
 from .backends.sharded import GATHER, is_sharded, whole_shape
 from .left_out import aliases_of, plain_name, tied_modules
-from .targets import COMPILED
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -113,6 +113,15 @@ def _wrappers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Module
     for key, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             yield key, module
+
+
+def names_to_save(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the names in the unwrapped model of all parameters that an adapter stores whole."""
+    return [
+        f"{plain_key(key)}.{name}"
+        for key, module in _wrappers(model, adapter_name)
+        for name, _ in module.modules_to_save[adapter_name].named_parameters()
+    ]
 
 
 def require_whole_modules(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -260,7 +269,7 @@ def fill_modules(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
         tensors: By name in the unwrapped model: all of each module.
     """
     for key, module in _wrappers(model, adapter_name):
-        prefix = f"{key.replace(COMPILED, '')}."
+        prefix = f"{plain_key(key)}."
         values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         _fill(module, adapter_name, values, freeze=False)
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..checkpoints.wrappers import plain_key
 from ..peft_compat.peft_names import (
     check_target_module_exists,
     find_minimal_target_modules,
     include_all_linear_layers,
 )
-from ..peft_compat.torch_names import COMPILED as _COMPILED
 from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
 from .parameter_hooks import CHILD_NAME
 
 if TYPE_CHECKING:
     from .config import GraftConfig
-
-COMPILED = f"{_COMPILED}."  # torch.compile puts it before the names of a model
 
 
 def is_wrappable(module: nn.Module) -> bool:
@@ -39,6 +38,8 @@ def reason_to_refuse(module: nn.Module) -> str | None:
     """Return the reason why a module cannot be patched, or None."""
     if parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization. Remove it with torch.nn.utils.parametrize"
+    if not _runs(module):
+        return "it has no forward of its own, so nothing tells when its parameters are read"
     if isinstance(module, nn.RNNBase):
         return "recurrent modules read flattened weights that a patch cannot shadow"
     if find_backend(module) is not None:
@@ -52,6 +53,16 @@ def reason_to_refuse(module: nn.Module) -> str | None:
     if not own_parameters(module):
         return "it owns no parameters. Name the modules inside of it"
     return None
+
+
+def _runs(module: nn.Module) -> bool:
+    """Return whether a module is ever called; containers such as ParameterList only hold what others read."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _can_be_saved(module: nn.Module) -> bool:
+    """Return whether PEFT can wrap a module as one to save: it runs, and all its parameters could train."""
+    return _runs(module) and all(value.is_floating_point() or value.is_complex() for value in module.parameters())
 
 
 def refuse(key: str, module: nn.Module) -> None:
@@ -76,7 +87,7 @@ def head_names(model: nn.Module) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, prefix, None) if prefix else None
     for key, module in model.named_modules():
-        name = f"{key}.".replace(COMPILED, "")
+        name = plain_key(f"{key}.")
         if output is not None and module is output:
             heads.add(key)
         elif backbone is not None and backbone is not model and key and not name.startswith(f"{prefix}."):
@@ -84,18 +95,24 @@ def head_names(model: nn.Module) -> set[str]:
     return heads
 
 
-def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list[str], list[str]]:
+def default_targets(
+    model: nn.Module, everything: bool, left_alone: Callable[[str], bool] = lambda key: False
+) -> tuple[list[str], list[str], list[str]]:
     """Find the modules to graft when the user names none, or says `"all"`.
 
     Args:
         model: The base.
         everything: Take embeddings, the head and bare parameters of parent modules too.
+        left_alone: Says of a module's name that the user has decided about it, so that no warning is due.
 
     Returns:
         Names of the modules to graft, names of all other modules, and names of bare parameters to graft.
     """
     heads = set() if everything else head_names(model)
-    names, others, bare, skipped = [], [], [], []
+    names: list[str] = []
+    others: list[str] = []
+    bare: list[str] = []
+    skipped: list[str] = []
     units: list[str] = []
     for key, module in model.named_modules():
         inner = any(key.startswith(f"{unit}.") for unit in units)
@@ -113,7 +130,10 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
         if not key or isinstance(module, AuxiliaryTrainingWrapper) or not is_wrappable(unit):
             own = [f"{key}.{param}" for param in unit._parameters if unit._parameters[param] is not None]
             if everything and key and own and not isinstance(module, AuxiliaryTrainingWrapper):
-                bare.extend(own)
+                if _runs(unit):
+                    bare.extend(own)
+                else:
+                    skipped.append(key)
             if key:
                 others.append(key)
             continue
@@ -124,8 +144,10 @@ def default_targets(model: nn.Module, everything: bool) -> tuple[list[str], list
             others.append(key)
         else:
             names.append(key)
-    if skipped:
-        warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.", stacklevel=2)
+    if skipped := [key for key in skipped if not left_alone(key)]:
+        whole = [key for key in skipped if _can_be_saved(model.get_submodule(key))]
+        remedy = f" If they were fine-tuned, take them whole from the donor: modules_to_save={whole}." if whole else ""
+        warnings.warn(f"Not grafted, because they cannot carry a patch: {skipped}.{remedy}", stacklevel=2)
     return names, others, bare
 
 
@@ -149,7 +171,7 @@ def resolve_targets(config: GraftConfig, model: nn.Module) -> GraftConfig:
         config.target_modules = {name for name in found if _is_wanted(config, name)}
     if not everything and (config.target_modules is not None or config.target_parameters is not None):
         return config
-    names, others, bare = default_targets(model, everything)
+    names, others, bare = default_targets(model, everything, lambda key: is_left_alone(config, key))
     wanted = [name for name in names if _is_wanted(config, name)]
     bare = [name for name in bare if _is_wanted(config, name.rpartition(".")[0])]
     if not wanted and not bare:
@@ -172,6 +194,13 @@ def _is_wanted(config: GraftConfig, key: str) -> bool:
     probe.exclude_modules = None
     # PEFT does not look at the layers of a full match, only of a suffix.
     return bool(check_target_module_exists(probe, f".{key}"))
+
+
+def is_left_alone(config: GraftConfig, key: str) -> bool:
+    """Return whether `exclude_modules` or `modules_to_save` already says what becomes of a module."""
+    probe = copy.copy(config)
+    probe.target_modules, probe.layers_to_transform, probe.layers_pattern = {key}, None, None
+    return not check_target_module_exists(probe, key)
 
 
 def _shortened(names: list[str], others: list[str]) -> set[str] | str:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import tqdm
 from ..checkpoints.block_reader import PairedReader
 from ..checkpoints.donor import FLOAT_DTYPES
 from ..checkpoints.pairing import CheckpointDonor, DonorError, bits_differ, resolve_names
+from ..checkpoints.wrappers import plain_names
 from ..selection.budget import unit_of
 
 
@@ -191,7 +192,10 @@ def _match_names(ours: CheckpointDonor, theirs: CheckpointDonor) -> dict[str, st
     """Return the donor's name by the base's name, for all tensors that both have in any shape."""
     held = {*theirs.names()}
     names = {name: name for name in ours.names() if name in held}
-    free = held - names.keys()
+    if not names:
+        plain = plain_names(theirs.names())
+        names = {name: plain[key] for key, name in plain_names(ours.names()).items() if key in plain}
+    free = held - {*names.values()}
     prefixes = sorted({name.partition(".")[0] for name in (*ours.names(), *held) if "." in name})
     for name in ours.names():
         if name in names or not free:

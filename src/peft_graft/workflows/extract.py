@@ -43,8 +43,9 @@ from ..selection.budget import Budget, capped_note
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
+from ..tuner.base_files import carry_new_modules, warn_of_rows
 from ..tuner.left_out import aliases_of, base_tensors, plain_name, report_left_out, require_nothing_more
-from ..tuner.modules_to_save import donor_names_of_module, fill_modules
+from ..tuner.modules_to_save import donor_names_of_module, fill_modules, name_modules, names_to_save
 
 _LOG = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -215,12 +216,15 @@ def _open(
     base: str | os.PathLike[str], base_revision: str | None, config: GraftConfig, token: str | bool | None
 ) -> _Opened:
     base_files = CheckpointDonor(base, base_revision, role="base", token=token)
-    open_donor(config.donor, config.donor_revision, token)  # before its configuration: these errors name the donor
+    donor_files = open_donor(config.donor, config.donor_revision, token)  # first: its errors name the donor
     is_zeros = config.donor == ZerosDonor.name
     like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
     model = build_skeleton(base, base_revision, like, token=token)
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
+    name_modules(config, model, from_file=False)
+    if isinstance(donor_files, CheckpointDonor):
+        carry_new_modules(config, model, base_view, RenamedCheckpoint(donor_files, model))
     config.note(fingerprint={})  # marks the adapter as a saved one, so that no patch is made now
     peft_model = get_peft_model(model, config, revision=base_revision)
     tuner: GraftModel = peft_model.base_model
@@ -229,6 +233,7 @@ def _open(
     pairs = _pair_targets(tuner, base_view, donor_view)
     extra = require_nothing_more(tuner.model, donor_view or donor, config.allow_extra)
     _fill_modules_to_save(tuner, base_view, donor_view)
+    warn_of_rows(tuner.model, donor, [*tuner.targets(_ADAPTER), *names_to_save(tuner.model, _ADAPTER)])
     return _Opened(peft_model, donor, pairs, base_view, donor_view, extra)
 
 

@@ -302,3 +302,51 @@ def test_a_base_that_cannot_be_read_is_called_the_base(tmp_path: Path) -> None:
         file.truncate(100)
     with pytest.raises(DonorError, match="base file must be a whole safetensors file"):
         extract(tmp_path / "cut", donor, tmp_path / "out", density=0.1)
+
+
+# Files of the user
+
+
+@pytest.mark.parametrize("name", ["base", "donor"])
+def test_the_checkpoints_are_no_output(name: str, tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    before = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    for out in (tmp_path / name, tmp_path / "link"):
+        with pytest.raises(FileExistsError, match=f"output_dir must be another directory .* which holds the {name}"):
+            extract(base, donor, out, density=0.1, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == before
+    type(models.tiny_llama()).from_pretrained(tmp_path / name)
+
+
+def test_the_directory_of_a_donor_file_is_no_output(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    with pytest.raises(FileExistsError, match="which holds the donor"):
+        extract(base, donor / "model.safetensors", donor, density=0.1, task_type="CAUSAL_LM")
+
+
+def test_another_model_is_no_output(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    shutil.copytree(donor, tmp_path / "third")
+    with pytest.raises(FileExistsError, match=r"output_dir must hold no model, got 'config\.json'"):
+        extract(base, donor, tmp_path / "third", density=0.1, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_card_of_the_user_is_kept_as_save_pretrained_keeps_it(overwrite: bool, tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    out, expected = tmp_path / "out", tmp_path / "reference"
+    for directory in (out, expected):
+        directory.mkdir()
+        if overwrite:
+            extract(base, donor, directory, density=0.2, overwrite=True)
+        (directory / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nHow I made it.\n")
+    extract(base, donor, out, density=0.1, overwrite=overwrite)
+    reference(base, GraftConfig(donor=str(donor), density=0.1, task_type="CAUSAL_LM"), expected, model_of(base))
+    text = (out / "README.md").read_text()
+    assert "How I made it." in text and "license: mit" in text and "peft-graft:facts" in text
+    assert_same_files(out, expected)
+
+
+def model_of(directory: Path) -> type[PreTrainedModel]:
+    return type(transformers.AutoModelForCausalLM.from_pretrained(directory))

@@ -91,7 +91,8 @@ def export(
         PatchError: `adapter` holds no finished graft or belongs to another base, or the format can hold none of its
             entries.
         DonorError: The base cannot be read.
-        FileExistsError: `output_dir` is not empty, and `overwrite` is not set.
+        FileExistsError: `output_dir` is not empty, and `overwrite` is not set; or it holds the adapter, the base, a
+            model (or, for a checkpoint, an adapter).
         ValueError: The format is unknown, or the rank is not positive.
         OSError: The adapter or the base does not exist.
     """
@@ -100,8 +101,10 @@ def export(
     if rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}. 8 is usual.")
     target = Path(output_dir)
-    check_output_dir(target, overwrite)
+    inputs, writes_model = {"adapter": adapter, "base": base}, to == "checkpoint"
+    check_output_dir(target, overwrite, inputs=inputs, writes_model=writes_model)
     graft = AdapterOnBase(adapter, base, base_revision, revision, token)
+    check_output_dir(target, overwrite, inputs={"base": graft.base}, writes_model=writes_model)
     with atomic_directory(target) as directory:
         done = EXPORTS[to].write(graft, directory, rank)
     done.directory = target

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
+from ..adapter_files.card import carry_card
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
@@ -123,7 +124,8 @@ def extract(
         DonorError: Base or donor cannot be read, do not fit each other, are equal, or are stored in a form that is not
             supported.
         SelectionError: The budget is impossible, or the rule needs data.
-        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set.
+        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set; or it holds the base, the donor
+            or another model.
         OSError: The base does not exist.
         ValueError: An option is out of range.
 
@@ -131,8 +133,8 @@ def extract(
         UserWarning: An exact patch is larger than the donor.
     """
     target = Path(output_dir)
-    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     _require_files(donor)
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs={"base": base, "donor": donor})
     config = GraftConfig(
         donor=os.fspath(donor),
         donor_revision=donor_revision,
@@ -260,6 +262,7 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
         _install(opened.peft_model, packed, selector.eligible, exact)
+        carry_card(target, directory)
         opened.peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     donor_nbytes = pairs.nbytes[1]

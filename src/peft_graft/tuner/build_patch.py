@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_files.hub_names import cached_commit
+from ..adapter_files.hub_names import cached_commit, find_hub_ids
 from ..adapter_files.versions import installed_versions
 from ..checkpoints.name_mapping import RenamedCheckpoint
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
+    ModuleDonor,
     PairedTensors,
+    ZerosDonor,
     nothing_to_graft,
     open_donor,
     resolve_names,
@@ -76,7 +79,12 @@ class PatchBuilder:
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
-        config.note(provenance={"versions": installed_versions()})
+        names = [config.base_model_name_or_path or getattr(self.model, "name_or_path", None)]
+        if not isinstance(donor, ZerosDonor | ModuleDonor):
+            names.append(config.donor if isinstance(config.donor, os.PathLike) else donor.name)
+        # A model in memory is recorded by the name of its class.
+        known = {donor.name: None} if isinstance(donor, ModuleDonor) else None
+        config.note(provenance={"versions": installed_versions()}, hub_ids=find_hub_ids(names, known))
         self.donors[adapter_name] = (
             RenamedCheckpoint(donor, self.model) if isinstance(donor, CheckpointDonor) else donor
         )

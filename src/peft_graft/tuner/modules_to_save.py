@@ -128,7 +128,9 @@ def graft_modules(model: nn.Module, adapter_name: str, donor: Donor) -> None:
         parameters = module.modules_to_save[adapter_name].named_parameters()
         base = {f"{key}.{name}": value.detach() for name, value in parameters}
         if base.keys() <= held:
-            names = resolve_names({name: tuple(value.shape) for name, value in base.items()}, donor)
+            names = resolve_names(
+                {name: tuple(value.shape) for name, value in base.items()}, donor, are_saved_whole=True
+            )
             values = {name.removeprefix(f"{key}."): after for name, _, after in stream(base, donor, names)}
             _fill(module, adapter_name, values, freeze=True)
 

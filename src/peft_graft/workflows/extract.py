@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import nn
 from ..adapter_files.card import carry_card
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
-from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
+from ..checkpoints.name_mapping import RenamedCheckpoint, auto_class_of, build_skeleton, read_config
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
@@ -29,6 +29,7 @@ from ..checkpoints.pairing import (
     ZerosDonor,
     nothing_to_graft,
     open_donor,
+    require_finite,
     resolve_names,
 )
 from ..patch.atomic import atomic_directory, check_output_dir
@@ -84,6 +85,7 @@ def extract(
     base_revision: str | None = None,
     donor_revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     show_progress_bar: bool = False,
     **config_options: Any,
@@ -113,6 +115,8 @@ def extract(
         base_revision: Branch, tag or commit of a base on the Hub.
         donor_revision: Branch, tag or commit of a donor on the Hub.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        trust_remote_code: Run the code that comes with a model that transformers does not know. Without it, such models
+            are refused; nothing is asked on the terminal.
         overwrite: Replace an adapter that is in `output_dir` already.
         show_progress_bar: Show a progress bar of the bytes read.
         **config_options: Further fields of `GraftConfig`, such as `layers_to_transform`.
@@ -124,8 +128,8 @@ def extract(
         DonorError: Base or donor cannot be read, do not fit each other, are equal, or are stored in a form that is not
             supported.
         SelectionError: The budget is impossible, or the rule needs data.
-        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set; or it holds the base, the donor
-            or another model.
+        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set; or it holds the base, the
+            donor or another model.
         OSError: The base does not exist.
         ValueError: An option is out of range.
 
@@ -152,13 +156,16 @@ def extract(
         **config_options,
     )
     _require_no_data(config, exact)
-    opened = _open(base, base_revision, config, token)
+    opened = _open(base, base_revision, config, token, trust_remote_code)
     return _write(opened, config, exact, target, show_progress_bar)
 
 
 def task_of(model: nn.Module) -> str | None:
     """Return PEFT's task type of a model's class, None if PEFT has none for it."""
-    return next((task for task, classes in _TASKS.items() if type(model).__name__ in classes.values()), None)
+    name = type(model).__name__
+    known = next((task for task, classes in _TASKS.items() if name in classes.values()), None)
+    auto_class = auto_class_of(model.config, name) if hasattr(model, "config") else None
+    return known or next((task for task, names in TASK_TYPES.items() if names.auto_class == auto_class), None)
 
 
 def _require_files(donor: object) -> None:
@@ -193,13 +200,17 @@ class _Opened(NamedTuple):
 
 
 def _open(
-    base: str | os.PathLike[str], base_revision: str | None, config: GraftConfig, token: str | bool | None
+    base: str | os.PathLike[str],
+    base_revision: str | None,
+    config: GraftConfig,
+    token: str | bool | None,
+    trust_remote_code: bool,
 ) -> _Opened:
     base_files = CheckpointDonor(base, base_revision, role="base", token=token)
     open_donor(config.donor, config.donor_revision, token)  # before its configuration: these errors name the donor
     is_zeros = config.donor == ZerosDonor.name
-    like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
-    model = build_skeleton(base, base_revision, like, token=token)
+    like = None if is_zeros else read_config(config.donor, config.donor_revision, token, trust_remote_code)
+    model = build_skeleton(base, base_revision, like, token=token, trust_remote_code=trust_remote_code)
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
     config.note(fingerprint={})  # marks the adapter as a saved one, so that no patch is made now
@@ -234,14 +245,27 @@ def _fill_modules_to_save(model: nn.Module, base_view: RenamedCheckpoint, donor_
         copied = module.modules_to_save[_ADAPTER]
         wanted = {f"{key}.{name}": tuple(value.shape) for name, value in copied.named_parameters()}
         view = donor_view if donor_view is not None and wanted.keys() <= {*donor_view.names()} else base_view
-        names = resolve_names(wanted, view)
+        names = resolve_names(wanted, view, are_saved_whole=True)
         loaded = module.original_module.state_dict()
+        if view is donor_view:
+            _require_finite(view, base_view, names)
         values = {
             # Rounded to the base's dtype first, as a copy of the base's own module would be.
             name: view.get(names.get(f"{key}.{name}", f"{key}.{name}")).to(loaded[name].dtype).to(empty.dtype)
             for name, empty in copied.state_dict().items()
         }
         copied.load_state_dict(values, assign=True)
+
+
+def _require_finite(donor_view: RenamedCheckpoint, base_view: RenamedCheckpoint, names: Mapping[str, str]) -> None:
+    """Refuse modules to save that hold NaN or Inf, except where the base has the same."""
+    held = {*base_view.names()}
+    for name, donor_name in names.items():
+        theirs = donor_view.get(donor_name)
+        if theirs.is_floating_point():
+            is_there = name in held and base_view.shape(name) == tuple(theirs.shape)
+            ours = base_view.get(name) if is_there else torch.zeros_like(theirs)
+            require_finite(name, ours, theirs, donor_view.name)
 
 
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:

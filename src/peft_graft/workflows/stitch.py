@@ -53,6 +53,7 @@ def stitch(
     base_revision: str | None = None,
     modules_to_save_from: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> StitchResult:
     """Write the adapter that `model.add_weighted_adapter(adapters, weights, ...)` would give, from files alone.
@@ -68,6 +69,8 @@ def stitch(
         base_revision: Branch, tag or commit of a base on the Hub.
         modules_to_save_from: The adapter whose modules to save are taken; needed if theirs differ.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        trust_remote_code: Run the code that comes with a base that transformers does not know. Without it, such bases
+            are refused; nothing is asked on the terminal.
         overwrite: Replace an adapter that is in `output_dir` already.
 
     Returns:
@@ -88,7 +91,7 @@ def stitch(
     weights = [1.0] * len(paths) if weights is None else list(weights)
     wanted = None if modules_to_save_from is None else os.fspath(modules_to_save_from)
     _require_arguments(paths, weights, combination_type, wanted)
-    opened = [_open(path, base, base_revision, token) for path in paths]
+    opened = [_open(path, base, base_revision, token, trust_remote_code) for path in paths]
     grafts = dict(zip(_adapter_names(paths), opened, strict=True))
     inputs = {"base": opened[0].base}  # that the adapters name
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs)
@@ -140,12 +143,16 @@ def _real_path(adapter: str) -> str:
 
 
 def _open(
-    adapter: str, base: str | os.PathLike[str] | None, base_revision: str | None, token: str | bool | None
+    adapter: str,
+    base: str | os.PathLike[str] | None,
+    base_revision: str | None,
+    token: str | bool | None,
+    trust_remote_code: bool,
 ) -> AdapterOnBase:
-    if Path(adapter).exists() or "@" not in adapter:
-        return AdapterOnBase(adapter, base, base_revision, token=token)
-    repo_id, _, revision = adapter.rpartition("@")
-    return AdapterOnBase(repo_id, base, base_revision, revision, token)
+    repo_id, revision = adapter, None
+    if "@" in adapter and not Path(adapter).exists():
+        repo_id, _, revision = adapter.rpartition("@")
+    return AdapterOnBase(repo_id, base, base_revision, revision, token, trust_remote_code)
 
 
 def _require_one_base(grafts: Mapping[str, AdapterOnBase]) -> None:

@@ -352,6 +352,14 @@ def test_the_card_of_the_user_is_kept_as_save_pretrained_keeps_it(overwrite: boo
     assert_same_files(out, expected)
 
 
+@pytest.mark.parametrize("text", [b"---\na: [1\n---\n# Mine\n", b"# caf\xe9\n", b"---\n- a\n---\n# Mine\n"])
+def test_a_card_that_cannot_be_kept_is_refused_before_anything_is_read(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    with pytest.raises(ValueError, match=r"card in output_dir must be UTF-8 with metadata in YAML.*README\.md"):
+        extract(tmp_path / "nowhere", tmp_path / "nowhere", tmp_path, density=0.1)
+    assert (tmp_path / "README.md").read_bytes() == text
+
+
 def model_of(directory: Path) -> type[PreTrainedModel]:
     return type(transformers.AutoModelForCausalLM.from_pretrained(directory))
 

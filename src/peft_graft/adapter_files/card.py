@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..patch.atomic import atomic_file
 from .card_content import REPO, TITLE, render, template, update_metadata
@@ -96,6 +97,26 @@ def adopt_edits(card: ModelCard, published: ModelCard) -> ModelCard:
     sections = _sections(card.text)
     published.text = _with_sections(published.text, sections, set(sections))
     return published
+
+
+def require_readable_card(directory: Path) -> None:
+    """Refuse a directory whose card cannot be read, before an adapter is made that would go beside it.
+
+    Args:
+        directory: The directory that the adapter will be put into; it need not exist.
+
+    Raises:
+        ValueError: The card is not UTF-8, or its metadata is not a YAML mapping.
+    """
+    path = directory / CARD_FILE
+    try:
+        if path.is_file():
+            ModelCard.load(path, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"card in output_dir must be UTF-8 with metadata in YAML, got {str(path)!r} ({error}). "
+            "Its text would be kept: correct the file, or move it away."
+        ) from error
 
 
 def carry_card(source: Path, directory: Path) -> None:

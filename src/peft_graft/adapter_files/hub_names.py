@@ -75,7 +75,7 @@ def recorded_name(directory: str | os.PathLike[str]) -> str | None:
 
 def public_base(name: str | None, hub_ids: Mapping[str, str | None] | None = None) -> str | None:
     """Return the Hub id of a base: the one on record, or else its name, or the id that its local directory records."""
-    if hub_ids and name in hub_ids:
+    if hub_ids and name is not None and name in hub_ids:
         return hub_ids[name]
     return public_name(name) or (recorded_name(name) if name else None)
 

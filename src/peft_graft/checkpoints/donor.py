@@ -332,7 +332,7 @@ def refuse_adapter(directory: Path, role: str, name: str | None = None) -> None:
     if kind == "GRAFT":
         how = f"peft-graft export {name} --to checkpoint --output-dir merged"
     else:
-        auto_class = _AUTO_CLASSES.get(task, "AutoPeftModel")
+        auto_class = _AUTO_CLASSES.get(str(task), "AutoPeftModel")
         how = f"peft.{auto_class}.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
     beside = ""
     if any((directory / each).is_file() for each in (WEIGHTS_FILE, INDEX_FILE)):

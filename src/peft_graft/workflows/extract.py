@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_files.card import carry_card
+from ..adapter_files.card import carry_card, require_readable_card
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
 from ..checkpoints.name_mapping import RenamedCheckpoint, auto_class_of, build_skeleton, read_config
@@ -139,6 +139,7 @@ def extract(
     target = Path(output_dir)
     _require_files(donor)
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs={"base": base, "donor": donor})
+    require_readable_card(target)
     config = GraftConfig(
         donor=os.fspath(donor),
         donor_revision=donor_revision,

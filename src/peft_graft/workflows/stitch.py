@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from ..adapter_files.card import carry_card
+from ..adapter_files.card import carry_card, require_readable_card
 from ..adapter_files.hub_names import find_hub_ids
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.combine import stitch_problems
@@ -85,6 +85,7 @@ def stitch(
         OSError: An adapter or the base does not exist.
     """
     target = Path(output_dir)
+    require_readable_card(target)
     paths = [os.fspath(adapter) for adapter in adapters]
     inputs: dict[str, Any] = {**{f"adapter {number}": path for number, path in enumerate(paths, 1)}, "base": base}
     check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs)

@@ -17,6 +17,7 @@ from huggingface_hub.utils import tqdm
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter_files.card import carry_card, require_readable_card
 from ..adapter_files.task_types import TASK_TYPES
@@ -165,7 +166,7 @@ def task_of(model: nn.Module) -> str | None:
     """Return PEFT's task type of a model's class, None if PEFT has none for it."""
     name = type(model).__name__
     known = next((task for task, classes in _TASKS.items() if name in classes.values()), None)
-    auto_class = auto_class_of(model.config, name) if hasattr(model, "config") else None
+    auto_class = auto_class_of(model.config, name) if isinstance(model, PreTrainedModel) else None
     return known or next((task for task, names in TASK_TYPES.items() if names.auto_class == auto_class), None)
 
 

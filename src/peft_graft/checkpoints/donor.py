@@ -313,14 +313,14 @@ def refuse_adapter(directory: Path, role: str, name: str | None = None) -> None:
 
     Args:
         directory: A directory, which may hold `adapter_config.json`.
-        role: Name of the model in errors: `"base"` or `"donor"`.
+        role: Name of the model in errors, such as `"donor"`; nothing is refused where an `"adapter"` is wanted.
         name: How the user calls the directory; by default its path.
 
     Raises:
         DonorError: It holds an adapter; the message says how to merge it.
     """
     file = directory / ADAPTER_CONFIG_FILE
-    if not file.is_file():
+    if role == "adapter" or not file.is_file():
         return
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

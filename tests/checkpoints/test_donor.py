@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from models import tiny_llama
 from peft_graft.checkpoints.donor import CheckpointDonor, Donor, DonorError, ModuleDonor, ZerosDonor, open_donor
 
 TENSORS = {
@@ -291,3 +293,60 @@ def test_the_files_of_diffusers_are_found(tmp_path: Path, write) -> None:
     for file in tmp_path.glob("model.safetensors*"):
         file.rename(tmp_path / f"diffusion_pytorch_{file.name}")
     check_holds_tensors(CheckpointDonor(tmp_path))
+
+
+class TestAdapters:
+    """A saved adapter, or a model that carries one, in the place of a whole model."""
+
+    def save(self, directory: Path, **fields: str) -> Path:
+        directory.mkdir(exist_ok=True)
+        (directory / "adapter_config.json").write_text(json.dumps(fields))
+        save_file({"x": torch.zeros(1)}, directory / "adapter_model.safetensors")
+        return directory
+
+    @pytest.mark.parametrize("role", ["base", "donor"])
+    @pytest.mark.parametrize(
+        ("fields", "how"),
+        [
+            (
+                {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base"},
+                r"AutoPeftModelForCausalLM\.from_pretrained\('.*skill'\)\.merge_and_unload\(\)\.save_pretrained",
+            ),
+            ({"peft_type": "GRAFT"}, "peft-graft export .*skill --to checkpoint --output-dir merged"),
+            ({}, r"AutoPeftModel\.from_pretrained"),
+        ],
+        ids=["lora", "graft", "unknown"],
+    )
+    def test_a_directory(self, fields: dict[str, str], how: str, role: str, tmp_path: Path) -> None:
+        skill = self.save(tmp_path / "skill", **fields)
+        for source in (skill, skill / "adapter_model.safetensors"):
+            with pytest.raises(
+                DonorError, match=rf"{role} must be a whole model, got an adapter.*Merge it first.*{how}"
+            ):
+                CheckpointDonor(source, role=role)
+
+    def test_an_adapter_beside_a_model(self, tmp_path: Path) -> None:
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        assert CheckpointDonor(tmp_path).names() == ["x"]
+        with pytest.raises(DonorError, match=r"If the model beside it is meant, move adapter_config\.json"):
+            CheckpointDonor(self.save(tmp_path, peft_type="LORA"))
+
+    def test_a_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        root = tmp_path / "hub" / "models--org--skill"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("1" * 40)
+        (root / "snapshots").mkdir()
+        self.save(root / "snapshots" / ("1" * 40), peft_type="LORA", task_type="SEQ_CLS")
+        with pytest.raises(DonorError, match="got an adapter .* in 'org/skill'.*ForSequenceClassification"):
+            CheckpointDonor("org/skill")
+
+    def test_a_model_in_memory(self) -> None:
+        model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+        for module in (model, model.base_model.model):
+            with pytest.raises(
+                DonorError, match=r"with an adapter in '.*q_proj'.*Merge it first.*merge_and_unload\(\)"
+            ):
+                ModuleDonor(module)
+        assert "model.layers.0.self_attn.q_proj.weight" in ModuleDonor(model.merge_and_unload()).names()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from peft_graft.cli import main
 from peft_graft.cli.commands import COMMANDS
 from peft_graft.cli.main import build_parser
+from peft_graft.patch.atomic import atomic_directory
 from peft_graft.workflows import diff as diff_module
 from peft_graft.workflows import extract as extract_module
 from peft_graft.workflows import push as push_module
@@ -186,3 +188,30 @@ def test_quiet_prints_the_result_alone(monkeypatch: pytest.MonkeyPatch, capsys: 
     run(capsys, EXTRACT)
     assert seen == [(True, before[2]), (False, True), (False, before[2])]
     assert (warnings.showwarning, list(warnings.filters), are_progress_bars_disabled()) == before
+
+
+# Other signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_told_with_what_it_left(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        with atomic_directory(Path("out")) as aside:
+            (aside / "half").write_text("half")
+            signal.raise_signal(number)
+
+    replace(monkeypatch, extract_module, stop)
+    message = f"peft-graft: ended by {number.name}; nothing was written to out\n"
+    assert run(capsys, EXTRACT) == (128 + number, "", message)
+    assert list(Path().glob(".out*")) == []
+
+
+def test_other_exits_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise SystemExit(7)
+
+    replace(monkeypatch, diff_module, stop)
+    with pytest.raises(SystemExit, match="7"):
+        main(shlex.split("diff base donor"))

@@ -34,6 +34,7 @@ class Scores:
     """A source of raw scores: its deltas, in blocks of a few entries, all of which differ from the base."""
 
     whole_tensors = True
+    with_unchanged_nan: frozenset[str] = frozenset()
 
     def __init__(self, tensors: Iterable[tuple[str, Any]], block: int = 5) -> None:
         self.tensors = {name: torch.as_tensor(values) for name, values in tensors}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import models
-from models import perturbed
-from peft_graft import DonorError, PatchError, extract
+from grafts import output, same_bits
+from models import perturbed, tiny_llama
+from peft_graft import DonorError, GraftConfig, PatchError, export, extract, stitch
 from peft_graft.workflows.adapter_on_base import AdapterOnBase
 
 
@@ -80,3 +83,52 @@ def test_another_base_and_no_base_are_refused(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(DonorError, match="the base that the adapter names"):
         AdapterOnBase(tmp_path / "skill")
+
+
+# Resized vocabularies
+
+
+@pytest.fixture(params=["targeted", "whole", "other"])
+def resized(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An adapter `skill` of a base that was resized in memory, beside `base`, and `larger`, the resized base."""
+    options = {"targeted": {"target_modules": "all"}, "whole": {"modules_to_save": ["embed_tokens", "lm_head"]}}
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70, mean_resizing=False)
+    base.save_pretrained(tmp_path / "larger")
+    perturbed(base).save_pretrained(tmp_path / "donor")
+    config = GraftConfig(
+        donor=str(tmp_path / "donor"), density=0.5, task_type="CAUSAL_LM", **options.get(request.param, {})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT tells that it stores the embeddings
+        get_peft_model(base, config).save_pretrained(tmp_path / "skill")
+    return tmp_path
+
+
+MESSAGE = (
+    r"base must have as many rows as when the adapter was made, got 64 where the adapter stores 70 in "
+    r"'lm_head.weight', 'model.embed_tokens.weight'.*resize_token_embeddings\(70\).*--base"
+)
+
+
+def test_a_vocabulary_of_another_size_is_told_by_every_way_to_load(resized: Path) -> None:
+    with pytest.raises(PatchError, match=MESSAGE):
+        AutoPeftModelForCausalLM.from_pretrained(resized / "skill")
+    with pytest.raises(PatchError, match=MESSAGE):
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(resized / "base"), resized / "skill")
+    for to in ("checkpoint", "vllm", "lora"):
+        with pytest.raises(PatchError, match=MESSAGE):
+            export(resized / "skill", to, resized / "out")
+    with pytest.raises(PatchError, match=MESSAGE):
+        stitch([resized / "skill"], resized / "out")
+
+
+def test_the_remedies_work(resized: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(resized / "base")
+    base.resize_token_embeddings(70, mean_resizing=False)
+    base.load_state_dict(LlamaForCausalLM.from_pretrained(resized / "larger").state_dict())
+    model = PeftModel.from_pretrained(base, resized / "skill")
+    export(resized / "skill", "checkpoint", resized / "out", base=resized / "larger")
+    batch = {"input_ids": torch.tensor([[1, 2, 69]])}
+    assert same_bits(output(LlamaForCausalLM.from_pretrained(resized / "out"), batch), output(model, batch))

@@ -327,3 +327,27 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "skill" / "adapter_config.json").write_text("{")
     with pytest.raises(PatchError, match="adapter config must be JSON, got .*adapter_config.json"):
         export(tmp_path / "skill", "checkpoint", tmp_path / "out")
+
+
+# Files of the user
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "vllm", "lora"])
+def test_the_adapter_and_the_base_are_no_output(to: str, tmp_path: Path) -> None:
+    make(tmp_path, "tiny_llama")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    with pytest.raises(FileExistsError, match="which holds the adapter"):
+        export(tmp_path / "skill", to, tmp_path / "skill", overwrite=True)
+    with pytest.raises(FileExistsError, match="which holds the base|must hold no model"):
+        export(tmp_path / "skill", to, tmp_path / "base", overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()} == before
+
+
+def test_a_checkpoint_replaces_an_earlier_one(tmp_path: Path) -> None:
+    make(tmp_path, "tiny_llama")
+    export(tmp_path / "skill", "checkpoint", tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("mine")
+    export(tmp_path / "skill", "checkpoint", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="output_dir must hold no model"):
+        export(tmp_path / "skill", "lora", tmp_path / "out", overwrite=True)

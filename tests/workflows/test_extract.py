@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from grafts import held, output, same_bits
 from models import inputs, perturbed
 from peft_graft import DonorError, GraftConfig, Patch, SelectionError
 from peft_graft.selection import select
+from peft_graft.workflows.export import export
 from peft_graft.workflows.extract import extract, task_of
+from peft_graft.workflows.stitch import stitch
 
 FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -301,3 +305,206 @@ def test_a_base_that_cannot_be_read_is_called_the_base(tmp_path: Path) -> None:
         file.truncate(100)
     with pytest.raises(DonorError, match="base file must be a whole safetensors file"):
         extract(tmp_path / "cut", donor, tmp_path / "out", density=0.1)
+
+
+# Files of the user
+
+
+@pytest.mark.parametrize("name", ["base", "donor"])
+def test_the_checkpoints_are_no_output(name: str, tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    before = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    for out in (tmp_path / name, tmp_path / "link"):
+        with pytest.raises(FileExistsError, match=f"output_dir must be another directory .* which holds the {name}"):
+            extract(base, donor, out, density=0.1, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == before
+    type(models.tiny_llama()).from_pretrained(tmp_path / name)
+
+
+def test_the_directory_of_a_donor_file_is_no_output(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    with pytest.raises(FileExistsError, match="which holds the donor"):
+        extract(base, donor / "model.safetensors", donor, density=0.1, task_type="CAUSAL_LM")
+
+
+def test_another_model_is_no_output(tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    shutil.copytree(donor, tmp_path / "third")
+    with pytest.raises(FileExistsError, match=r"output_dir must hold no model, got 'config\.json'"):
+        extract(base, donor, tmp_path / "third", density=0.1, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_card_of_the_user_is_kept_as_save_pretrained_keeps_it(overwrite: bool, tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    out, expected = tmp_path / "out", tmp_path / "reference"
+    for directory in (out, expected):
+        directory.mkdir()
+        if overwrite:
+            extract(base, donor, directory, density=0.2, overwrite=True)
+        (directory / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nHow I made it.\n")
+    extract(base, donor, out, density=0.1, overwrite=overwrite)
+    reference(base, GraftConfig(donor=str(donor), density=0.1, task_type="CAUSAL_LM"), expected, model_of(base))
+    text = (out / "README.md").read_text()
+    assert "How I made it." in text and "license: mit" in text and "peft-graft:facts" in text
+    assert_same_files(out, expected)
+
+
+@pytest.mark.parametrize("text", [b"---\na: [1\n---\n# Mine\n", b"# caf\xe9\n", b"---\n- a\n---\n# Mine\n"])
+def test_a_card_that_cannot_be_kept_is_refused_before_anything_is_read(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    with pytest.raises(ValueError, match=r"card in output_dir must be UTF-8 with metadata in YAML.*README\.md"):
+        extract(tmp_path / "nowhere", tmp_path / "nowhere", tmp_path, density=0.1)
+    assert (tmp_path / "README.md").read_bytes() == text
+
+
+def model_of(directory: Path) -> type[PreTrainedModel]:
+    return type(transformers.AutoModelForCausalLM.from_pretrained(directory))
+
+
+# NaN that nothing changed
+
+
+def with_nan(tmp_path: Path, dtype: torch.dtype, row: int = 3, in_base: bool = True) -> tuple[Path, Path]:
+    """A pair of which a row of the embedding is NaN, as uninitialised padding rows are."""
+    base, donor = save_pair(tmp_path, models.tiny_llama, dtype)
+    for directory in (base, donor) if in_base else (donor,):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.embed_tokens.weight"][row] = float("nan")
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return base, donor
+
+
+@pytest.mark.filterwarnings("ignore:patch should be smaller than the donor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 1.0},
+        {"exact": True},
+        {"density": 0.2},
+        {"density": 0.9999, "selection": "random"},
+        {"density": 1.0, "granularity": "tensor"},
+        {"density": 0.5, "budget_scope": "tensor"},
+    ],
+    ids=str,
+)
+def test_nan_that_base_and_donor_share_is_no_diverged_training(
+    options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, donor = with_nan(tmp_path, dtype)
+    extract(base, donor, tmp_path / "out", target_modules="all", **options)
+    cls = type(models.tiny_llama())
+    wanted = cls.from_pretrained(donor)
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), tmp_path / "out")
+    if not options.get("exact"):
+        config = GraftConfig(donor=str(donor), task_type="CAUSAL_LM", target_modules="all", **options)
+        expected = reference(base, config, tmp_path / "reference", cls)
+        assert_same_files(tmp_path / "out", expected)
+    if options.get("density", 1.0) == 1.0:
+        batch = {"input_ids": torch.tensor([[1, 2, 4, 5]])}
+        assert same_bits(output(model, batch), output(wanted, batch))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "all"}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+def test_nan_of_the_donor_alone_is_refused_everywhere(options: dict[str, Any], tmp_path: Path) -> None:
+    base, donor = with_nan(tmp_path, torch.float32, in_base=False)
+    with pytest.raises(DonorError, match=r"must be finite, got 16 NaN or Inf .*embed_tokens.*earlier checkpoint"):
+        extract(base, donor, tmp_path / "out", density=0.1, **options)
+    config = GraftConfig(donor=str(donor), density=0.1, **options)
+    with pytest.raises(DonorError, match=r"must be finite, got 16 NaN or Inf .*embed_tokens.*earlier checkpoint"):
+        get_peft_model(type(models.tiny_llama()).from_pretrained(base), config)
+
+
+def test_nan_that_both_have_is_saved_with_a_whole_module(tmp_path: Path) -> None:
+    base, donor = with_nan(tmp_path, torch.float32)
+    options = {"density": 0.1, "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    extract(base, donor, tmp_path / "out", **options)
+    config = GraftConfig(donor=str(donor), **copy.deepcopy(options))
+    expected = reference(base, config, tmp_path / "reference", type(models.tiny_llama()))
+    assert_same_files(tmp_path / "out", expected)
+
+
+# Resized vocabularies
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_remedy_names_the_option_that_the_user_gave(live: bool, tmp_path: Path) -> None:
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    larger = type(models.tiny_llama()).from_pretrained(donor)
+    larger.resize_token_embeddings(70, mean_resizing=False)
+    larger.save_pretrained(donor)
+    for options, remedy in (
+        ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save without \['model.embed_tokens'\]\."),
+        ({"target_modules": "all"}, r"exclude_modules=\['lm_head', 'model.embed_tokens'\]\."),
+    ):
+        with pytest.raises(DonorError, match=rf"resize_token_embeddings\(70\).*{remedy}$"):
+            if live:
+                config = GraftConfig(donor=str(donor), density=0.1, **copy.deepcopy(options))
+                get_peft_model(type(models.tiny_llama()).from_pretrained(base), config)
+            else:
+                extract(base, donor, tmp_path / "out", density=0.1, **options)
+
+
+# Code that comes with a model
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_tiny"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt on stdin"))
+    base, donor = save_pair(tmp_path, models.tiny_llama)
+    for directory in (base, donor):
+        (directory / "own_code.py").write_text(OWN_CODE)
+        path = directory / "config.json"
+        own = {
+            "model_type": "own_tiny",
+            "architectures": ["OwnForCausalLM"],
+            "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"},
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    return base, donor
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    own_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    message = (
+        r"trust_remote_code must be set .* got False for '.*donor'.*trust_remote_code=True \(--trust-remote-code\)"
+    )
+    with pytest.raises(DonorError, match=message):
+        extract(*own_pair, tmp_path / "out", density=0.1)
+    assert not (tmp_path / "modules").exists()
+
+
+def test_a_model_with_code_of_its_own_that_is_trusted(own_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, donor = own_pair
+    done = extract(base, donor, tmp_path / "out", density=1.0, target_modules="all", trust_remote_code=True)
+    assert done.entries == done.eligible
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = PeftModel.from_pretrained(load(base, trust_remote_code=True), tmp_path / "out")
+    assert model.peft_config["default"].task_type == "CAUSAL_LM"
+    batch = {"input_ids": torch.tensor([[1, 2, 4, 5]])}
+    expected = output(load(donor, trust_remote_code=True), batch)
+    assert same_bits(output(model, batch), expected)
+    for call in (
+        lambda **more: export(tmp_path / "out", "checkpoint", tmp_path / "merged", **more),
+        lambda **more: stitch([tmp_path / "out"], tmp_path / "again", **more),
+    ):
+        with pytest.raises(DonorError, match="trust_remote_code must be set"):
+            call()
+        call(trust_remote_code=True)
+    assert same_bits(output(load(tmp_path / "merged", trust_remote_code=True), batch), expected)

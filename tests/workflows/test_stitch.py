@@ -255,3 +255,26 @@ def test_directories_may_have_any_name(tmp_path: Path) -> None:
     stitch(paths, tmp_path / "out", combination_type="mean")
     parts = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["record"]["provenance"]["adapters"]
     assert [part["name"] for part in parts] == ["keys-2", "default-2", "keys-3"]
+
+
+# Files of the user
+
+
+def test_inputs_and_models_are_no_output(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "reviews")
+    with pytest.raises(FileExistsError, match="which holds the adapter 2 '.*reviews'"):
+        stitch([tmp_path / "news", tmp_path / "reviews"], tmp_path / "link", overwrite=True)
+    with pytest.raises(FileExistsError, match="which holds the base"):
+        stitch([tmp_path / "news"], tmp_path / "base", base=tmp_path / "base", overwrite=True)
+    with pytest.raises(FileExistsError, match="output_dir must hold no model"):
+        stitch([tmp_path / "news"], tmp_path / "base", overwrite=True)
+
+
+def test_the_card_of_the_user_is_kept(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Mine\n\nHow I made it.\n")
+    stitch([tmp_path / "news"], tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "How I made it." in text and "peft-graft:facts" in text

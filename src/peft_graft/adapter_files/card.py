@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..patch.atomic import atomic_file
 from .card_content import REPO, TITLE, render, template, update_metadata
@@ -27,6 +29,7 @@ def refresh_card(
     pictures: Sequence[tuple[str, str]] = (),
     repo_id: str | None = None,
     tags: Sequence[str] = (),
+    hub_ids: Mapping[str, str | None] | None = None,
 ) -> Path | None:
     """Write the card of a saved adapter, or bring the sections of an existing card up to date.
 
@@ -42,6 +45,7 @@ def refresh_card(
         pictures: File name in the directory and caption of each picture.
         repo_id: Repository where the adapter will be published, for the code that loads it.
         tags: Further tags.
+        hub_ids: Hub ids by the names of models, beyond those that the adapter's record holds.
 
     Returns:
         Path of the card, or None if nothing was written.
@@ -52,6 +56,9 @@ def refresh_card(
     saved = adapter if isinstance(adapter, SavedAdapter) else read_saved(adapter)
     if saved is None:
         return None
+    if hub_ids:
+        saved = saved.copied_to(saved.directory)
+        saved.hub_ids = {**hub_ids, **saved.hub_ids}
     path = saved.directory / CARD_FILE
     old = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
     data = old.data if old is not None else ModelCardData()
@@ -90,6 +97,39 @@ def adopt_edits(card: ModelCard, published: ModelCard) -> ModelCard:
     sections = _sections(card.text)
     published.text = _with_sections(published.text, sections, set(sections))
     return published
+
+
+def require_readable_card(directory: Path) -> None:
+    """Refuse a directory whose card cannot be read, before an adapter is made that would go beside it.
+
+    Args:
+        directory: The directory that the adapter will be put into; it need not exist.
+
+    Raises:
+        ValueError: The card is not UTF-8, or its metadata is not a YAML mapping.
+    """
+    path = directory / CARD_FILE
+    try:
+        if path.is_file():
+            ModelCard.load(path, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"card in output_dir must be UTF-8 with metadata in YAML, got {str(path)!r} ({error}). "
+            "Its text would be kept: correct the file, or move it away."
+        ) from error
+
+
+def carry_card(source: Path, directory: Path) -> None:
+    """Copy the card of a directory, if it has one, to where an adapter is written that will replace what is there.
+
+    Saving the adapter then updates the card and keeps the text that people wrote, as it does in the place itself.
+
+    Args:
+        source: The directory that the adapter will be put into; it need not exist.
+        directory: The temporary directory that the adapter is saved to.
+    """
+    if (source / CARD_FILE).is_file():
+        shutil.copyfile(source / CARD_FILE, directory / CARD_FILE)
 
 
 def save_card(card: ModelCard, path: Path) -> None:

@@ -48,9 +48,9 @@ def update_metadata(
         repo_id: Repository where the adapter will be published.
         tags: Further tags.
     """
-    base = public_base(saved.config.get("base_model_name_or_path"))
+    base = public_base(saved.config.get("base_model_name_or_path"), saved.hub_ids)
     if base is None and isinstance(data.base_model, str):
-        base = public_name(data.base_model)
+        base = public_name(data.base_model, saved.hub_ids)
     data.library_name = "peft"
     data.base_model = base
     data["base_model_relation"] = "adapter" if base else None
@@ -185,9 +185,9 @@ def _facts(saved: SavedAdapter) -> list[tuple[str, str]]:
     config, modules = saved.config, saved.modules_to_save_bytes
     whole = f" (of which {sum(modules.values()):,} for `modules_to_save`)" if modules else ""
     found = {
-        "base": _named(public_base(config.get("base_model_name_or_path")), config.get("revision")),
+        "base": _named(public_base(config.get("base_model_name_or_path"), saved.hub_ids), config.get("revision")),
         "fingerprint of the base": _fingerprint(saved.record.get("fingerprint") or {}),
-        "donor": _donor(config),
+        "donor": _donor(config, saved.hub_ids),
         "configuration of the donor": _donor_config(saved.record.get("provenance") or {}),
         "rule": "`{}`, scope `{}`, granularity `{}`".format(
             *map(config.get, ("selection", "budget_scope", "granularity"))
@@ -230,17 +230,19 @@ def _alpha(alpha: Any) -> Any:
     return f"{alpha:.6g}" if isinstance(alpha, int | float) else alpha
 
 
-def _donor(config: Mapping[str, Any]) -> str:
+def _donor(config: Mapping[str, Any], hub_ids: Mapping[str, str | None]) -> str:
     """Return the origin of the values: a model, zeros, or the grafts that were combined into this one."""
     provenance = (config.get("record") or config).get("provenance") or {}  # of an adapter, or a part of one
     parts = provenance.get("adapters")
     if parts:
         how = provenance.get("combination_type")
-        named = (f"{part.get('weight')} x {part.get('entries'):,} entries, donor {_donor(part)}" for part in parts)
+        named = [
+            f"{each.get('weight')} x {each.get('entries'):,} entries, donor {_donor(each, hub_ids)}" for each in parts
+        ]
         return f"combined (`{how}`): {'; '.join(named)}"
     if config.get("donor") == "zeros":
         return "zeros (the entries become 0)"
-    return _named(public_name(config.get("donor")), config.get("donor_revision"))
+    return _named(public_name(config.get("donor"), hub_ids), config.get("donor_revision"))
 
 
 def _largest(saved: SavedAdapter, rows: int = 5) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -24,15 +24,36 @@ def is_path(name: str) -> bool:
     return os.path.isabs(name) or PureWindowsPath(name).is_absolute() or name.startswith((".", "~")) or "\\" in name
 
 
-def public_name(name: str | os.PathLike[str] | None) -> str | None:
+def find_hub_ids(
+    names: Iterable[str | os.PathLike[str] | None], known: Mapping[str, str | None] | None = None
+) -> dict[str, str | None]:
+    """Decide which names of models are Hub ids, for the record of an adapter that is being made from these models.
+
+    Later, from another working directory, a relative path such as `models/base` could not be told from a Hub id.
+
+    Args:
+        names: Names or paths that models were loaded from; None is left out.
+        known: Decisions made before, which are kept.
+
+    Returns:
+        Hub id by name: the name itself if it is one; for a path the id that the model's directory records, or None.
+    """
+    found = {os.fspath(name): public_name(name) or recorded_name(name) for name in names if name}
+    return {**found, **(known or {})}
+
+
+def public_name(name: str | os.PathLike[str] | None, hub_ids: Mapping[str, str | None] | None = None) -> str | None:
     """Return a name if it is a Hub id, which everybody can follow, and not a path of this machine.
 
     Args:
         name: Name or path that a model was loaded from.
+        hub_ids: Decisions on record, from `find_hub_ids`. A name without one is judged by how it looks here and now.
 
     Returns:
         The name, or None if it is a path, an existing file or directory, or no valid id.
     """
+    if hub_ids and isinstance(name, str) and name in hub_ids:
+        return name if hub_ids[name] == name else None
     if not name or isinstance(name, os.PathLike) or is_path(name) or os.path.exists(name):
         return None
     try:
@@ -52,8 +73,10 @@ def recorded_name(directory: str | os.PathLike[str]) -> str | None:
     return public_name(name) if isinstance(name, str) else None
 
 
-def public_base(name: str | None) -> str | None:
-    """Return the Hub id of a base: its name, or else the id that its local directory records."""
+def public_base(name: str | None, hub_ids: Mapping[str, str | None] | None = None) -> str | None:
+    """Return the Hub id of a base: the one on record, or else its name, or the id that its local directory records."""
+    if hub_ids and name is not None and name in hub_ids:
+        return hub_ids[name]
     return public_name(name) or (recorded_name(name) if name else None)
 
 
@@ -95,11 +118,15 @@ def strip_local_paths(directory: str | os.PathLike[str]) -> None:
     path = Path(directory) / CONFIG_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
     base, donor = fields.get("base_model_name_or_path"), fields.get("donor")
-    clean = _clean_provenance(fields)
-    if isinstance(fields.get("record"), dict):
-        clean["record"] = _clean_provenance(fields["record"])
-    if base and not public_name(base):
-        found = public_base(base)
+    record = fields["record"] if isinstance(fields.get("record"), dict) else {}
+    hub_ids = record.get("hub_ids") or {}
+    clean = _clean_provenance(fields, hub_ids)
+    if record:
+        clean["record"] = _clean_provenance(record, hub_ids)
+    if hub_ids:
+        clean["record"]["hub_ids"] = {found: found for found in hub_ids.values() if found}
+    if base and not public_name(base, hub_ids):
+        found = public_base(base, hub_ids)
         # The revision belongs to the name that it was given with.
         clean |= {"base_model_name_or_path": found, "revision": None}
         published = f"published as {found!r}, the id recorded there" if found else "published without the base's name"
@@ -108,24 +135,25 @@ def strip_local_paths(directory: str | os.PathLike[str]) -> None:
             "Set the id in model.peft_config[...] or adapter_config.json, so that others find the base.",
             stacklevel=3,
         )
-    if donor and donor != "zeros" and not public_name(donor):
+    if donor and donor != "zeros" and not public_name(donor, hub_ids):
         clean |= {"donor": None, "donor_revision": None}
     if clean != fields:
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(clean, indent=2, sort_keys=True), encoding="utf-8", newline="")
 
 
-def _clean_provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _clean_provenance(fields: Mapping[str, Any], hub_ids: Mapping[str, str | None]) -> dict[str, Any]:
     # No other field: in the base64 of a fingerprint, a leading slash means nothing.
-    return {name: _without_paths(value) if name == "provenance" else value for name, value in fields.items()}
+    return {name: _without_paths(value, hub_ids) if name == "provenance" else value for name, value in fields.items()}
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, hub_ids: Mapping[str, str | None]) -> Any:
     if isinstance(value, Mapping):
         # A donor of a combined graft may be a relative path, which looks like a Hub id.
-        local = isinstance(value.get("donor"), str) and value["donor"] != "zeros" and not public_name(value["donor"])
-        clean = {key: _without_paths(part) for key, part in value.items()}
+        donor = value.get("donor")
+        local = isinstance(donor, str) and donor != "zeros" and not public_name(donor, hub_ids)
+        clean = {key: _without_paths(part, hub_ids) for key, part in value.items()}
         return clean | {"donor": None, "donor_revision": None} if local else clean
     if isinstance(value, list):
-        return [_without_paths(part) for part in value]
+        return [_without_paths(part, hub_ids) for part in value]
     return None if isinstance(value, str) and is_path(value) else value

@@ -46,6 +46,7 @@ class SavedAdapter:
         tensors_bytes: Size of `adapter_model.safetensors`.
         counts: Number of patched entries by tensor name.
         modules_to_save_bytes: Bytes of the modules stored whole (task heads), by the module's name.
+        hub_ids: Hub ids on record by the names of models; a copy of the adapter keeps them.
         num_labels: Number of classes of the stored task head, None if there is none.
         in_training: Whether this is a checkpoint of a mask in training, which holds candidates and no finished patch.
 
@@ -60,6 +61,7 @@ class SavedAdapter:
         )
         self.counts: dict[str, int] = {}
         self.modules_to_save_bytes: dict[str, int] = {}
+        self.hub_ids: Mapping[str, str | None] = self.record.get("hub_ids") or {}
         self.num_labels: int | None = None
         self.in_training = False
         self._read_header()
@@ -78,9 +80,13 @@ class SavedAdapter:
         return self._patch
 
     def load_modules_to_save(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the modules stored whole, by their name in the model."""
+        """Return the tensors of the modules stored whole, by their name in the model.
+
+        Where the vocabulary was resized, PEFT also stores the insides of its wrappers, which are left out here.
+        """
         with safe_open(self.directory / WEIGHTS_FILE, framework="pt") as file:
             keys = [key for key in file.keys() if parse_file_key(key) is None]  # noqa: SIM118 - not a mapping
+            keys = [key for key in keys if not {"original_module", "modules_to_save"} & {*key.split(".")}]
             return {key.removeprefix(PEFT_PREFIX): file.get_tensor(key) for key in keys}
 
     @property

@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 import torch
 
 from .donor import FLOAT_DTYPES, DonorError, Extent
-from .pairing import Block, Span, count_nonfinite
+from .pairing import Block, Span, settle_nonfinite
 
 # Entries of one read, and of one block that is handed out.
 READ_ENTRIES = 1 << 21
@@ -44,6 +44,7 @@ class PairedReader:
     Attributes:
         sizes: Number of entries by name, in increasing order.
         whole_tensors: False: tensors are handed out in blocks.
+        with_unchanged_nan: Names of the tensors seen to have the same NaN or Inf in the base and in the donor.
         on_read: Called with the number of bytes of every read, in the thread that works on them.
 
     Raises:
@@ -60,6 +61,7 @@ class PairedReader:
     ) -> None:
         self._sides = [base] if donor is None else [base, donor]
         self._dtypes = dtypes or {}
+        self.with_unchanged_nan: set[str] = set()
         self.on_read: Callable[[int], object] = lambda nbytes: None
         for role, side in zip(("base", "donor"), self._sides, strict=False):
             _refuse_dtypes(role, side)
@@ -119,21 +121,15 @@ class PairedReader:
                 yield from results
 
     def delta(self, block: Block) -> torch.Tensor:
-        """Compute donor - base of a block, in float32.
+        """Compute donor - base of a block, in float32; 0 where both have the same NaN or Inf.
 
         Raises:
-            DonorError: The donor holds NaN or Inf.
+            DonorError: The donor holds NaN or Inf where the base has other values.
         """
         base = block.base.float() if block.base.dtype == torch.float64 else block.base
         # In place, the other operand is widened on the way, which is exact and spares a copy.
         delta = block.donor.to(torch.float32, copy=True).sub_(base)
-        # A finite delta has finite ends, so one sum settles the usual case.
-        if not math.isfinite(delta.sum()) and (bad := count_nonfinite(block.donor)):
-            raise DonorError(
-                f"donor tensors must be finite, got {bad:,} NaN or Inf in {block.name!r}. "
-                "Its training has probably diverged: use an earlier checkpoint."
-            )
-        return delta
+        return settle_nonfinite(block, delta, self.with_unchanged_nan)
 
     def _through(
         self, work: Callable[[Block], T], name: str, start: int, read: list[Future[torch.Tensor]]

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
@@ -32,6 +33,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # The names that diffusers gives to the weights of a part of a pipeline.
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 # Dtypes of the tensors of a base, a donor and a patch.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How many names an error message lists at most.
@@ -40,6 +42,15 @@ MAX_LISTED = 5
 # Bytes of the length that a safetensors file begins with.
 _LENGTH_BYTES = 8
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# PEFT's classes that load an adapter with its base, by task type.
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
 _PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -117,8 +128,11 @@ class CheckpointDonor:
         self.revision: str | None = None
         path = Path(source)
         if path.is_dir():
+            refuse_adapter(path, role)
             main = _find_in_directory(path, role)
         elif path.is_file():
+            if path.name.startswith("adapter_model"):
+                refuse_adapter(path.parent, role)
             main = path
         elif isinstance(source, os.PathLike) or path.is_absolute() or self.name.startswith("."):
             raise DonorError(f"{role} must be an existing directory or file, got {self.name!r}. Check the path.")
@@ -126,6 +140,7 @@ class CheckpointDonor:
             main = _find_on_hub(self.name, revision, role, token)
             # The cache keeps files under snapshots/<commit>/: every shard must come from the commit of the first file.
             self.revision = main.parent.name
+            _refuse_adapter_on_hub(self.name, self.revision, role, token)
         self._extents: dict[str, Extent] = {}
         if main.suffix == ".json":
             self._read_index(main)
@@ -221,6 +236,9 @@ class ModuleDonor:
     Attributes:
         name: The name of the module's class.
         config: The module's configuration; None if it has none.
+
+    Raises:
+        DonorError: The model has adapters that are not merged.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -231,6 +249,7 @@ class ModuleDonor:
                 module = inner
             else:
                 break
+        _refuse_unmerged(module)
         self.name, self.config = type(module).__name__, getattr(module, "config", None)
         tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -309,6 +328,63 @@ def open_donor(
     )
 
 
+def refuse_adapter(directory: Path, role: str, name: str | None = None) -> None:
+    """Refuse an adapter in the place of a whole model.
+
+    Args:
+        directory: A directory, which may hold `adapter_config.json`.
+        role: Name of the model in errors, such as `"donor"`; nothing is refused where an `"adapter"` is wanted.
+        name: How the user calls the directory; by default its path.
+
+    Raises:
+        DonorError: It holds an adapter; the message says how to merge it.
+    """
+    file = directory / ADAPTER_CONFIG_FILE
+    if role == "adapter" or not file.is_file():
+        return
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        fields = {}
+    fields = fields if isinstance(fields, dict) else {}
+    kind, base, task = (fields.get(key) for key in ("peft_type", "base_model_name_or_path", "task_type"))
+    name = str(directory) if name is None else name
+    if kind == "GRAFT":
+        how = f"peft-graft export {name} --to checkpoint --output-dir merged"
+    else:
+        auto_class = _AUTO_CLASSES.get(str(task), "AutoPeftModel")
+        how = f"peft.{auto_class}.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
+    beside = ""
+    if any((directory / each).is_file() for each in (WEIGHTS_FILE, INDEX_FILE)):
+        beside = f" If the model beside it is meant, move {ADAPTER_CONFIG_FILE} to another directory."
+    raise DonorError(
+        f"{role} must be a whole model, got an adapter ({ADAPTER_CONFIG_FILE}: {kind or 'unknown type'} of the base "
+        f"{base!r}) in {name!r}. Merge it first, and give the result: {how}.{beside}"
+    )
+
+
+def _refuse_unmerged(module: nn.Module) -> None:
+    """Refuse a model in memory whose adapters are not merged: its parameters are not the values that it computes with.
+
+    Raises:
+        DonorError: Names the first adapted layer.
+    """
+    layers = [name for name, each in module.named_modules() if isinstance(each, BaseTunerLayer)]
+    if layers:
+        raise DonorError(
+            f"donor must be a whole model, got {type(module).__name__} with an adapter in {layers[0]!r} ({len(layers)} "
+            "such layers). Merge it first, and give the result: donor = model.merge_and_unload()."
+        )
+
+
+def _refuse_adapter_on_hub(repo: str, revision: str | None, role: str, token: str | bool | None) -> None:
+    try:
+        file = hf_hub_download(repo, ADAPTER_CONFIG_FILE, revision=revision, token=token)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return
+    refuse_adapter(Path(file).parent, role, repo)
+
+
 def _pickled(got: str, role: str) -> DonorError:
     return DonorError(
         f"{role} must be a safetensors checkpoint, got {got}. Pickles can run code and are not read: load the model "
@@ -351,6 +427,7 @@ def _find_on_hub(repo: str, revision: str | None, role: str, token: str | bool |
         path = _download(repo, name, revision, role, token)
         if path is not None:
             return path
+        _refuse_adapter_on_hub(repo, revision, role, token)
     try:
         pickles = [name for name in _PICKLE_FILES if file_exists(repo, name, revision=revision, token=token)]
     except (HfHubHTTPError, OfflineModeIsEnabled):

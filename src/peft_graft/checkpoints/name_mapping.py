@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..peft_compat.transformers_names import (
     Concatenate,
@@ -27,33 +28,87 @@ from .donor import CheckpointDonor, DonorError, Extent
 from .wrappers import look_through, plain_key, refuse_adapted
 
 
-def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
+def model_class(
+    config: PretrainedConfig,
+    name: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> type[PreTrainedModel]:
     """Return the class that a checkpoint was saved from.
 
     Args:
         config: The checkpoint's configuration.
-        name: Name of the checkpoint, for the error message.
+        name: Directory or Hub id of the checkpoint, for its own code and for the error message.
+        revision: Branch, tag or commit of a Hub id.
+        token: Token for the Hub.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
 
     Raises:
-        DonorError: The configuration names no class of transformers.
+        DonorError: The configuration names no class of transformers, nor one of its own that may be run.
     """
     for architecture in config.architectures or ():
         found = getattr(transformers, architecture, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
+    own = _own_classes(config)
+    for architecture in config.architectures or ():
+        if architecture in own and trust_remote_code:
+            return get_class_from_dynamic_module(own[architecture], name, revision=revision or "main", token=token)
+        if architecture in own:
+            raise _remote_code(name)
     raise DonorError(
         f"architectures must name a model of transformers, got {config.architectures!r} in config.json of {name!r}. "
         "Load both models yourself and use get_peft_model(base, GraftConfig(donor=model, ...))."
     )
 
 
+def auto_class_of(config: PretrainedConfig, architecture: str) -> str | None:
+    """Return the auto class under which a checkpoint with code of its own lists a class, None if it lists none."""
+    listed = (getattr(config, "auto_map", None) or {}).items()
+    return next((auto for auto, where in listed if str(where).rpartition(".")[2] == architecture), None)
+
+
+def _own_classes(config: PretrainedConfig) -> dict[str, str]:
+    """Return where the code of a checkpoint defines its model classes, by the name of the class."""
+    listed = (getattr(config, "auto_map", None) or {}).items()
+    return {where.rpartition(".")[2]: where for auto, where in listed if auto.startswith("AutoModel")}
+
+
+def _remote_code(name: str) -> DonorError:
+    return DonorError(
+        f"trust_remote_code must be set for a model that is defined by code of its own, got False for {name!r}. "
+        "If you trust that code, give trust_remote_code=True (--trust-remote-code), which runs it."
+    )
+
+
 def read_config(
-    source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PretrainedConfig | None:
-    """Read a checkpoint's configuration; None where it is a file without one."""
+    """Read a checkpoint's configuration; None where it is a file without one.
+
+    Args:
+        source: Directory, file or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        token: Token for the Hub.
+        trust_remote_code: Whether to run code that comes with the checkpoint, if its configuration needs it.
+
+    Raises:
+        DonorError: It needs code of its own, and `trust_remote_code` is not set. Nothing is asked on the terminal.
+    """
     if Path(source).is_file() or (Path(source).is_dir() and not (Path(source) / "config.json").is_file()):
         return None
-    return AutoConfig.from_pretrained(source, revision=revision or "main", token=token)
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=revision or "main", token=token, trust_remote_code=trust_remote_code
+        )
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise _remote_code(os.fspath(source)) from error
 
 
 def build_skeleton(
@@ -62,6 +117,7 @@ def build_skeleton(
     like: PretrainedConfig | None = None,
     model_type: Any = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build the base as transformers would load it, but on the meta device, so that no values are read.
 
@@ -71,15 +127,16 @@ def build_skeleton(
         like: Configuration of a fine-tuned model of the base, whose class and number of labels to take.
         model_type: A class with `from_pretrained`, such as an auto class; by default that of `like`, or the base's own.
         token: Token for the Hub.
+        trust_remote_code: Whether to run code that comes with the base or with the fine-tuned model.
 
     Returns:
         The model, in the dtypes that `from_pretrained(base)` gives it, tied where it ties.
 
     Raises:
-        DonorError: The base is quantized, or of no architecture of transformers.
+        DonorError: The base is quantized, of no architecture of transformers, or needs code that is not trusted.
         OSError: There is no such base.
     """
-    config = read_config(base, revision, token)
+    config = read_config(base, revision, token, trust_remote_code)
     if config is None:
         raise DonorError(f"base must be a directory with config.json or a Hub id, got {os.fspath(base)!r}.")
     if getattr(config, "quantization_config", None) is not None:
@@ -88,7 +145,7 @@ def build_skeleton(
         like = None  # another architecture; the tensors will tell
     elif like is not None:
         config.num_labels = like.num_labels or 0
-    cls = model_type or model_class(like or config, os.fspath(base))
+    cls = model_type or _class_like(config, like, os.fspath(base), revision, token, trust_remote_code)
     with _quiet():
         return cls.from_pretrained(
             base,
@@ -97,7 +154,23 @@ def build_skeleton(
             token=token,
             device_map="meta",
             ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
         )
+
+
+def _class_like(
+    config: PretrainedConfig,
+    like: PretrainedConfig | None,
+    base: str,
+    revision: str | None,
+    token: str | bool | None,
+    trust_remote_code: bool,
+) -> type[PreTrainedModel]:
+    """Return the class of a fine-tuned model, in the base's code if the base comes with code for it."""
+    if like is not None and {*_own_classes(config)} & {*(like.architectures or ())}:
+        config.architectures = like.architectures
+        like = None
+    return model_class(like or config, base, revision, token, trust_remote_code)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -39,7 +40,9 @@ __all__ = [
     "find_names",
     "nothing_to_graft",
     "open_donor",
+    "require_finite",
     "resolve_names",
+    "settle_nonfinite",
     "stream",
 ]
 
@@ -93,6 +96,7 @@ def resolve_names(
     donor: Donor,
     prefixes: Sequence[str] = (),
     aliases: Mapping[str, Sequence[str]] | None = None,
+    are_saved_whole: bool = False,
 ) -> dict[str, str]:
     """Find the donor's tensor for every wanted tensor of the base.
 
@@ -101,6 +105,7 @@ def resolve_names(
         donor: Where to look. `ZerosDonor` has every name.
         prefixes: Module prefixes that either side may lack, such as `("bert",)` for `bert.encoder.x` and `encoder.x`.
         aliases: Other names of the same base parameter (tied weights), used where the donor lacks the first.
+        are_saved_whole: Whether the tensors are wanted because of `modules_to_save`, for the remedy in errors.
 
     Returns:
         Base tensor name -> donor tensor name, with the same keys as `wanted`.
@@ -119,7 +124,7 @@ def resolve_names(
         if tuple(donor.shape(found[name])) != tuple(wanted[name])
     }
     if missing or misfits:
-        raise DonorError(_misfit_message(donor, len(wanted), missing, misfits))
+        raise DonorError(_misfit_message(donor, len(wanted), missing, misfits, are_saved_whole))
     return found
 
 
@@ -169,6 +174,7 @@ class PairedTensors:
     Attributes:
         sizes: Number of entries by name, in increasing order.
         whole_tensors: True: a block is a whole tensor.
+        with_unchanged_nan: Names of the tensors seen to have the same NaN or Inf in the base and in the donor.
     """
 
     whole_tensors = True
@@ -183,6 +189,7 @@ class PairedTensors:
     ) -> None:
         self._base, self._donor, self._names = base, donor, names
         self._show_progress_bar = show_progress_bar
+        self.with_unchanged_nan: set[str] = set()
         self.sizes = dict(sorted(sizes.items()))
 
     def map(
@@ -207,9 +214,10 @@ class PairedTensors:
                 yield Span(name, 0, base.numel()), work(Block(name, 0, base.detach(), donor))
 
     def delta(self, block: Block) -> torch.Tensor:
-        """Compute donor - base of a tensor, in float32, on the base's device."""
+        """Compute donor - base of a tensor, in float32, on the base's device; 0 where both have the same NaN or Inf."""
         base = block.base.float() if block.base.dtype == torch.float64 else block.base
-        return block.donor.to(base.device, torch.float32, copy=True).sub_(base)
+        delta = block.donor.to(base.device, torch.float32, copy=True).sub_(base)
+        return settle_nonfinite(block, delta, self.with_unchanged_nan)
 
 
 def stream(
@@ -244,6 +252,54 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     # One reading pass settles the usual case: a finite sum has only finite terms. A sum may overflow, hence the count.
     sum_of_all = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     return 0 if bool(torch.isfinite(sum_of_all)) else int((~torch.isfinite(tensor)).sum())
+
+
+def require_finite(name: str, base: torch.Tensor, donor: torch.Tensor, donor_name: str = "") -> None:
+    """Refuse a donor's tensor that has NaN or Inf where the base has other values.
+
+    Where the base has the same, as in padding rows that no training touches, there is nothing to refuse.
+
+    Args:
+        name: The tensor's name.
+        base: The base's values.
+        donor: The donor's values, of the same shape, on the CPU.
+        donor_name: The donor's name, for the error message.
+
+    Raises:
+        DonorError: The donor has such entries.
+    """
+    if not count_nonfinite(donor):
+        return
+    base = base.detach().cpu()
+    changed = ~donor.isfinite() & bits_differ(base, donor) & ~(base.isnan() & donor.isnan())
+    if bad := int(changed.sum()):
+        where = f"among {donor.numel():,} entries of {name!r} in {donor_name!r}" if donor_name else f"in {name!r}"
+        raise DonorError(
+            f"donor tensors must be finite, got {bad:,} NaN or Inf {where}, where the base has other values. "
+            "Its training has probably diverged: use an earlier checkpoint."
+        )
+
+
+def settle_nonfinite(block: Block, delta: torch.Tensor, found: set[str]) -> torch.Tensor:
+    """Set a delta to 0 where base and donor have the same NaN or Inf, which is no change.
+
+    Args:
+        block: The base's and the donor's values.
+        delta: donor - base, float32; changed in place.
+        found: Gets the name of the block's tensor if it has such entries.
+
+    Returns:
+        The delta.
+
+    Raises:
+        DonorError: The donor has NaN or Inf where the base has other values.
+    """
+    # A finite delta has finite ends, so one sum settles the usual case.
+    if not delta.numel() or math.isfinite(delta.sum()) or not count_nonfinite(block.donor):
+        return delta
+    require_finite(block.name, block.base, block.donor)
+    found.add(block.name)
+    return delta.masked_fill_(~block.donor.isfinite().to(delta.device), 0)
 
 
 def bits_differ(base: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
@@ -287,11 +343,7 @@ def _triples(
                 f"donor tensors must have the base's shape, got {tuple(theirs.shape)} for {tuple(ours.shape)} in "
                 f"{name!r} of {donor.name!r}."
             )
-        if bad := count_nonfinite(theirs):
-            raise DonorError(
-                f"donor tensors must be finite, got {bad:,} NaN or Inf among {theirs.numel():,} entries of {name!r} in "
-                f"{donor.name!r}. Its training has probably diverged: use an earlier checkpoint."
-            )
+        require_finite(name, ours, theirs, donor.name)
         yield Triple(name, ours, theirs)
 
 
@@ -312,6 +364,7 @@ def _misfit_message(
     num_wanted: int,
     missing: Sequence[str],
     misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    are_saved_whole: bool,
 ) -> str:
     first = {name: misfits[name] for name in list(misfits)[:MAX_LISTED]}
     shapes = "; ".join(f"{name}: {ours} in the base, {theirs} in the donor" for name, (ours, theirs) in first.items())
@@ -319,10 +372,11 @@ def _misfit_message(
     if not missing and _only_rows_differ(misfits):
         ours, theirs = next(iter(misfits.values()))
         modules = sorted({name.rpartition(".")[0] for name in misfits})
+        how = f"modules_to_save without {modules}" if are_saved_whole else f"exclude_modules={modules}"
         return (
             f"donor must have as many rows as the base, got a resized vocabulary (or number of labels), {ours[0]} in "
             f"the base and {theirs[0]} in the donor {donor.name!r} ({shapes}{more}). Resize the base first, with "
-            f"resize_token_embeddings({theirs[0]}) or num_labels, or leave the modules out: exclude_modules={modules}."
+            f"resize_token_embeddings({theirs[0]}) or num_labels, or leave the modules out: {how}."
         )
     role, other = ("base", "model") if getattr(donor, "role", "") == "base" else ("donor", "base")
     parts = []
@@ -335,9 +389,10 @@ def _misfit_message(
         remedy = "This is not the same architecture: a donor is the same model as the base, fine-tuned."
     else:
         remedy = "Use the checkpoint that was fine-tuned from this base, or leave the modules out with exclude_modules."
-    return (
-        f"{role} must hold every targeted tensor of the {other}, got {donor.name!r} with {', '.join(parts)}. {remedy}"
-    )
+    if are_saved_whole:
+        remedy = "Take these modules out of modules_to_save, or use a donor that has them in the base's shape."
+    kind = "saved" if are_saved_whole else "targeted"
+    return f"{role} must hold every {kind} tensor of the {other}, got {donor.name!r} with {', '.join(parts)}. {remedy}"
 
 
 def _only_rows_differ(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -77,6 +77,7 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-type", metavar="TYPE", help="PEFT's, such as CAUSAL_LM; default: the donor's class")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rule random; default 0")
     _add_token(parser)
+    _add_trust(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in DIR")
 
 
@@ -164,6 +165,7 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
         "--modules-to-save-from", metavar="ADAPTER", help="adapter whose task head is taken, if their heads differ"
     )
     _add_token(parser)
+    _add_trust(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in DIR")
 
 
@@ -196,6 +198,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_base(parser, "the base that the adapter names")
     parser.add_argument("--rank", type=int, default=8, help="rank of a LoRA adapter; default 8")
     _add_token(parser)
+    _add_trust(parser)
     parser.add_argument("--overwrite", action="store_true", help="write into a directory that is not empty")
     _add_json(parser)
 
@@ -264,6 +267,12 @@ def _add_base(parser: argparse.ArgumentParser, default: str) -> None:
 
 def _add_token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", metavar="TOKEN", help="token for the Hub; default: HF_TOKEN, or `hf auth login`")
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with a model which transformers lacks"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,8 @@ examples:
 
 `{PROGRAM} COMMAND --help` has more examples and all options.
 Bases, donors and adapters are directories or Hub ids.
-exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted"""
+exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted,
+128 + number ended by a signal"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments. Default: those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 for a failure, 130 for an interrupt. Wrong usage exits with 2 instead.
+        The exit code: 0 for success, 1 for a failure, 130 for an interrupt, 128 + its number for another
+        signal. Wrong usage exits with 2 instead.
     """
     args = build_parser().parse_args(argv)
     run = {command.name: command.run for command in COMMANDS}[args.command]
@@ -93,6 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted{_outcome(args, before)}", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        from ..patch.atomic import Terminated  # not before the command, which imports the library in its own time
+
+        if not isinstance(error, Terminated):
+            raise
+        print(f"{PROGRAM}: ended by {error.name}{_outcome(args, before)}", file=sys.stderr)
+        return int(error.code or 1)
     # DonorError, PatchError and SelectionError are ValueErrors; errors of the Hub and of the file system are OSErrors.
     except (ValueError, OSError) as error:
         if args.traceback:

@@ -185,6 +185,32 @@ class Patch:
         return cls.from_tensors(state, shapes)
 
 
+def require_rows(stored: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a base whose number of rows, of the vocabulary or of a head, is not that of tensors stored whole.
+
+    Args:
+        stored: Shape of each tensor that an adapter stores whole, by name.
+        base: Shape of the base's tensor, by name.
+
+    Raises:
+        PatchError: Numbers of rows differ; the message says how to resize the base.
+    """
+    wrong = {
+        name: (base[name][0], shape[0])
+        for name, shape in sorted(stored.items())
+        if shape and len(base.get(name, ())) == len(shape) and base[name][1:] == shape[1:] and base[name] != shape
+    }
+    if wrong:
+        ours, theirs = next(iter(wrong.values()))
+        raise PatchError(
+            f"base must have as many rows as when the adapter was made, got {ours} where the adapter stores {theirs} "
+            f"in {', '.join(map(repr, wrong))}. If the vocabulary was resized, call "
+            f"base.resize_token_embeddings({theirs}) before PeftModel.from_pretrained(base, adapter), or save the "
+            "tokenizer into the adapter's directory, so that AutoPeft resizes; for a command, save the resized base "
+            f"and give it with --base. If it is a head, load the base with num_labels={theirs}."
+        )
+
+
 def file_key(module: str, param: str, kind: str) -> str:
     """Return the key of a part of a tensor's patch in a file.
 

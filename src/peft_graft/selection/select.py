@@ -29,9 +29,12 @@ class Source(Protocol):
 
     Attributes:
         whole_tensors: Whether a block is a whole tensor, in its shape.
+        with_unchanged_nan: Names of the tensors seen to have the same NaN or Inf in the base and in the donor: entries
+            that no patch can hold, and none needs.
     """
 
     whole_tensors: bool
+    with_unchanged_nan: set[str]
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -151,7 +154,10 @@ class Selector:
             SelectionError: Nothing fits the budget, a score is NaN, or the rule's scores have another shape.
         """
         if self._rule is not None and self._budget.granularity != "entry":
-            return {name: torch.arange(size) for name, size in self._whole_units().items()}
+            units = self._whole_units()
+            if self._source.with_unchanged_nan.isdisjoint(units):
+                return {name: torch.arange(size) for name, size in units.items()}
+            return {name: indices for name, (indices,) in self._where(units, _every_entry, lambda block: ())}
         return {name: indices for name, (indices, *_) in self._select(lambda block: ())}
 
     def entries(self) -> Iterator[Selected]:
@@ -265,7 +271,10 @@ class Selector:
         """Take the entries of a mask, holding those of one tensor at a time."""
 
         def take(block: Block) -> _Columns:
-            index = true_indices(mask_of(block).flatten()).cpu()
+            mask = mask_of(block).flatten()
+            if block.name in self._source.with_unchanged_nan:
+                mask = mask.cpu() & block.donor.flatten().isfinite()
+            index = true_indices(mask).cpu()
             return index + block.start, *(gather(values, index) for values in carry(block))
 
         found = self._source.map(take, names, workers)
@@ -294,7 +303,11 @@ class Selector:
                 f"scores must have one value for each entry, got shape {tuple(scores.shape)} for {tuple(delta.shape)} "
                 f"in {block.name!r} from the rule {rule.name!r}. A rule neither sums over entries nor leaves any out."
             )
-        return scores.detach().float()
+        scores = scores.detach().float()
+        if block.name not in self._source.with_unchanged_nan:
+            return scores
+        last = -math.inf if self._budget.granularity == "entry" else 0.0
+        return scores.masked_fill(~block.donor.isfinite().to(scores.device), last)
 
     def _scores_without_nan(self, block: Block) -> torch.Tensor:
         scores = self._scores(block)

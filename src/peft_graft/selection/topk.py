@@ -25,7 +25,9 @@ def refuse_nan(name: str, scores: torch.Tensor) -> None:
         return
     # The maximum of anything with NaN is NaN. Here and below: numpy takes a fraction of torch's time on the CPU.
     if math.isnan(scores.detach().numpy().max() if _is_plain(scores) else scores.max()):
-        raise SelectionError(f"scores must not be NaN, got NaN in {name!r}. Check the data and the loss.")
+        raise SelectionError(
+            f"scores must not be NaN, got NaN in {name!r}. Check the data, the loss, and the base's values there."
+        )
 
 
 def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..adapter_files.hub_names import cached_commit
+from ..adapter_files.hub_names import cached_commit, find_hub_ids
 from ..adapter_files.versions import installed_versions
 from ..checkpoints.forward_config import Differences, describe, forward_differences, read_donor_config
 from ..checkpoints.name_mapping import RenamedCheckpoint, plain_state
 from ..checkpoints.pairing import (
     CheckpointDonor,
     Donor,
+    ModuleDonor,
     PairedTensors,
     ZerosDonor,
     nothing_to_graft,
@@ -95,12 +97,17 @@ class PatchBuilder:
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
+        names = [config.base_model_name_or_path or getattr(self.model, "name_or_path", None)]
+        if not isinstance(donor, ZerosDonor | ModuleDonor):
+            names.append(config.donor if isinstance(config.donor, os.PathLike) else donor.name)
+        # A model in memory is recorded by the name of its class.
+        known = {donor.name: None} if isinstance(donor, ModuleDonor) else None
         provenance: dict[str, Any] = {"versions": installed_versions()}
         if differences := self._config_differences(donor):
             provenance["donor_config"] = {
                 name: {"base": ours, "donor": theirs} for name, (ours, theirs) in differences.items()
             }
-        config.note(provenance=provenance)
+        config.note(provenance=provenance, hub_ids=find_hub_ids(names, known))
         self.donors[adapter_name] = _in_names_of(self.model, donor)
         return self.donors[adapter_name]
 

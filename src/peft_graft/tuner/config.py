@@ -32,6 +32,7 @@ class GraftRecord:
         eligible: Number of entries that the budget is a share of.
         entries: Number of entries taken from the donor.
         fingerprint: Fingerprint of the base at these entries; a config with one belongs to a finished patch.
+        hub_ids: Hub ids of the models by the names under which they were loaded; None for a local model that has none.
         provenance: How the patch was made: versions of the packages, or the adapters that it combines.
     """
 
@@ -39,6 +40,7 @@ class GraftRecord:
     eligible: int | None = None
     entries: int | None = None
     fingerprint: dict[str, Any] | None = None
+    hub_ids: dict[str, str | None] | None = None
     provenance: dict[str, Any] | None = None
 
 
@@ -220,7 +222,7 @@ class GraftConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if self.for_hub:
             strip_local_paths(save_directory)
-        refresh_card(save_directory)
+        refresh_card(save_directory, hub_ids=self.record.hub_ids if self.record else None)
 
 
 def _is_number(value: object) -> bool:

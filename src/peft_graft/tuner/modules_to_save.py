@@ -209,7 +209,7 @@ def donor_names_of_module(
         )
     if lost:
         return None
-    found = resolve_names(wanted, donor, prefixes, aliases)
+    found = resolve_names(wanted, donor, prefixes, aliases, are_saved_whole=True)
     buffers = [f"{plain}.{name}" for name in copied.state_dict() if f"{plain}.{name}" not in wanted]
     return found | find_names(buffers, donor, prefixes)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key
+from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key, require_rows
 from ..peft_compat.torch_names import FSDP_WRAPPED
 from .backends.sharded import GATHER, is_sharded, whole, whole_shape
 from .layer import GraftLayer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROOT = "base_model.model."
 _FSDP = f"{FSDP_WRAPPED}."
+_WRAPPED = re.compile(r"\.(original_module|base_layer|modules_to_save\.[^.]+)(?=\.)")
 
 
 class _Place(NamedTuple):
@@ -268,6 +270,7 @@ def unpack(
     Raises:
         PatchError: The file is malformed, names tensors that the model lacks, or belongs to another base.
     """
+    _require_rows(model, state_dict)
     places = _places(model, adapter_name)
     patch = Patch.from_tensors(state_dict, _shapes(places))
     _require_tensors(places, patch)
@@ -313,6 +316,14 @@ def install_patch(model: nn.Module, config: GraftConfig, adapter_name: str, patc
     state = _state(places, adapter_name)
     state.awaits_file = False
     state.ready = config.alpha != "auto"
+
+
+def _require_rows(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors stored whole (modules to save, resized embeddings) that have another number of rows than here."""
+    held = {name: tuple(value.shape) for name, value in model.named_parameters() if not is_sharded(value)}
+    stored = {key: tuple(value.shape) for key, value in state_dict.items() if key in held}
+    outer = {key: _WRAPPED.sub("", key.removeprefix(_ROOT)) for key in stored}
+    require_rows({outer[key]: shape for key, shape in stored.items()}, {outer[key]: held[key] for key in stored})
 
 
 def _require_tensors(places: Mapping[str, _Place], patch: Patch) -> None:

@@ -90,4 +90,7 @@ def create_or_update_model_card(self: Any, output_dir: str | os.PathLike[str]) -
     path = Path(output_dir) / CARD_FILE
     tags = (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []) if path.is_file() else []
     type(self).create_or_update_model_card(self, output_dir)
-    refresh_card(output_dir, tags=tags)
+    # The live configuration, because the names of local models are gone from one that is for the Hub.
+    records = [config.record for config in getattr(self, "peft_config", {}).values() if config.record]
+    hub_ids = {name: found for record in records for name, found in (record.hub_ids or {}).items()}
+    refresh_card(output_dir, tags=tags, hub_ids=hub_ids)

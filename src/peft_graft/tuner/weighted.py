@@ -82,8 +82,10 @@ def combine(
         )
     config = _config(tuner, adapters, patch)
     fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
+    records = [record for name in adapters if (record := tuner.peft_config[name].record)]
     config.note(
         fingerprint=fingerprint.to_dict(),
+        hub_ids={name: found for record in records for name, found in (record.hub_ids or {}).items()},
         provenance={
             "combination_type": combination_type,
             "adapters": _origins(tuner, adapters, weights, patches),

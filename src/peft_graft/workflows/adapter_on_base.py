@@ -19,7 +19,7 @@ from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
-from ..patch.patch import Fingerprint, Patch, PatchError
+from ..patch.patch import Fingerprint, Patch, PatchError, require_rows
 from ..tuner import GraftConfig
 
 
@@ -48,6 +48,7 @@ class AdapterOnBase:
         base_revision: Branch, tag or commit of a base on the Hub. Default: the revision that the adapter names.
         revision: Branch, tag or commit of an adapter on the Hub.
         token: Token for the Hub.
+        trust_remote_code: Whether to run code that comes with a base that transformers does not know.
 
     Attributes:
         config: Configuration of the adapter.
@@ -72,10 +73,11 @@ class AdapterOnBase:
         base_revision: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         directory = fetch_adapter(adapter, revision, token)
         self.config, self.patch, self.modules_to_save, self.num_labels = _read(directory)
-        self._token = token
+        self._token, self._trusts_code = token, trust_remote_code
         recorded = self.config.base_model_name_or_path
         is_given = base is not None
         if not is_given:
@@ -90,6 +92,7 @@ class AdapterOnBase:
         self.model = self.build_model()
         self.view = RenamedCheckpoint(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._require_vocabulary()
         self._names = self._resolve_names()
         self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
         Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {}).require(
@@ -98,10 +101,11 @@ class AdapterOnBase:
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
-        like = read_config(self.base, self.base_revision, self._token) if num_labels else None
+        like = read_config(self.base, self.base_revision, self._token, self._trusts_code) if num_labels else None
         if like is not None:
             like.num_labels = num_labels or 0
-        return build_skeleton(self.base, self.base_revision, like, _auto_class(self.config), self._token)
+        auto_class = _auto_class(self.config)
+        return build_skeleton(self.base, self.base_revision, like, auto_class, self._token, self._trusts_code)
 
     def download_base(self, allow_patterns: Sequence[str]) -> Path:
         """Download files of a base on the Hub and return their directory."""
@@ -149,6 +153,15 @@ class AdapterOnBase:
                     indices = part.indices[first:last] - start
                     yield FileEdit(stored_name, extent, indices, values[first:last].to(dtype))
                 start = end
+
+    def _require_vocabulary(self) -> None:
+        """Refuse embeddings and language heads that are stored whole for a vocabulary of another size."""
+        modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        names = {
+            name for name, each in self.model.named_modules(remove_duplicate=False) if any(each is m for m in modules)
+        }
+        stored = {name.replace(".base_layer.", "."): tuple(each.shape) for name, each in self.modules_to_save.items()}
+        require_rows(stored, {name: self.shape(name) for name in stored if name.rpartition(".")[0] in names})
 
     def _resolve_names(self) -> dict[str, str]:
         """Return the name in `view` of every patched tensor, and check that the patch fits the model."""

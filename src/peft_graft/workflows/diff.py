@@ -213,6 +213,9 @@ def _match_names(ours: CheckpointDonor, theirs: CheckpointDonor) -> dict[str, st
 def _measure(base: torch.Tensor, donor: torch.Tensor) -> Distance:
     before, after = base.double(), donor.double()
     delta = after - before
+    if not delta.isfinite().all():  # the same NaN or Inf in both, as in padding rows, is no distance
+        same = ~before.isfinite() & (~bits_differ(base, donor) | (before.isnan() & after.isnan()))
+        before, after, delta = (values.masked_fill(same, 0) for values in (before, after, delta))
     size = delta.abs()
     return Distance(
         "",

@@ -30,8 +30,12 @@ HEAD_FILE = "model-head.safetensors"
 # Larger matrices get a randomized SVD, because a full one takes minutes for each.
 FULL_SVD_UP_TO = 1024
 
-# Files copied along with a checkpoint: configuration, tokenizer, licence. The base's card would describe another model.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# Files copied along with a checkpoint: configuration, code, tokenizer, licence. The base's card would describe another
+# model.
+_COMPANIONS = (
+    *("*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 
 
 @dataclass
@@ -69,6 +73,7 @@ def export(
     revision: str | None = None,
     rank: int = 8,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> ExportResult:
     """Write a saved adapter in another format.
@@ -82,6 +87,8 @@ def export(
         revision: Branch, tag or commit of an adapter on the Hub.
         rank: Rank of a LoRA adapter, >= 1.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        trust_remote_code: Run the code that comes with a base that transformers does not know. Without it, such bases
+            are refused; nothing is asked on the terminal.
         overwrite: Write into a directory that is not empty.
 
     Returns:
@@ -91,7 +98,8 @@ def export(
         PatchError: `adapter` holds no finished graft or belongs to another base, or the format can hold none of its
             entries.
         DonorError: The base cannot be read.
-        FileExistsError: `output_dir` is not empty, and `overwrite` is not set.
+        FileExistsError: `output_dir` is not empty, and `overwrite` is not set; or it holds the adapter, the base, a
+            model (or, for a checkpoint, an adapter).
         ValueError: The format is unknown, or the rank is not positive.
         OSError: The adapter or the base does not exist.
     """
@@ -100,8 +108,10 @@ def export(
     if rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}. 8 is usual.")
     target = Path(output_dir)
-    check_output_dir(target, overwrite)
-    graft = AdapterOnBase(adapter, base, base_revision, revision, token)
+    inputs, writes_model = {"adapter": adapter, "base": base}, to == "checkpoint"
+    check_output_dir(target, overwrite, inputs=inputs, writes_model=writes_model)
+    graft = AdapterOnBase(adapter, base, base_revision, revision, token, trust_remote_code)
+    check_output_dir(target, overwrite, inputs={"base": graft.base}, writes_model=writes_model)
     with atomic_directory(target) as directory:
         done = EXPORTS[to].write(graft, directory, rank)
     done.directory = target

@@ -18,11 +18,13 @@ from huggingface_hub.utils import tqdm
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..adapter_files.card import carry_card, require_readable_card
 from ..adapter_files.task_types import TASK_TYPES
 from ..checkpoints.block_reader import MAX_WORKERS, PairedReader, map_in_order, worker_pool
 from ..checkpoints.donor import Extent
-from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
+from ..checkpoints.name_mapping import RenamedCheckpoint, auto_class_of, build_skeleton, read_config
 from ..checkpoints.pairing import (
     FLOAT_DTYPES,
     Block,
@@ -34,6 +36,7 @@ from ..checkpoints.pairing import (
     find_names,
     nothing_to_graft,
     open_donor,
+    require_finite,
     resolve_names,
 )
 from ..patch.atomic import atomic_directory, check_output_dir
@@ -94,6 +97,7 @@ def extract(
     base_revision: str | None = None,
     donor_revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     show_progress_bar: bool = False,
     **config_options: Any,
@@ -125,6 +129,8 @@ def extract(
         base_revision: Branch, tag or commit of a base on the Hub.
         donor_revision: Branch, tag or commit of a donor on the Hub.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        trust_remote_code: Run the code that comes with a model that transformers does not know. Without it, such models
+            are refused; nothing is asked on the terminal.
         overwrite: Replace an adapter that is in `output_dir` already.
         show_progress_bar: Show a progress bar of the bytes read.
         **config_options: Further fields of `GraftConfig`, such as `layers_to_transform`.
@@ -136,7 +142,8 @@ def extract(
         DonorError: Base or donor cannot be read, do not fit each other, are equal, or are stored in a form that is not
             supported.
         SelectionError: The budget is impossible, or the rule needs data.
-        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set.
+        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set; or it holds the base, the
+            donor or another model.
         OSError: The base does not exist.
         ValueError: An option is out of range.
 
@@ -145,8 +152,9 @@ def extract(
             base's; the donor does not tie what the base ties.
     """
     target = Path(output_dir)
-    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     _require_files(donor)
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs={"base": base, "donor": donor})
+    require_readable_card(target)
     if exact and target_modules is None and not config_options.get("target_parameters"):
         target_modules = "all"
     config = GraftConfig(
@@ -167,7 +175,7 @@ def extract(
         **config_options,
     )
     _require_no_data(config, exact)
-    opened = _open(base, base_revision, config, token)
+    opened = _open(base, base_revision, config, token, trust_remote_code)
     result = _write(opened, config, exact, target, show_progress_bar)
     _report(opened)
     return result
@@ -175,7 +183,10 @@ def extract(
 
 def task_of(model: nn.Module) -> str | None:
     """Return PEFT's task type of a model's class, None if PEFT has none for it."""
-    return next((task for task, classes in _TASKS.items() if type(model).__name__ in classes.values()), None)
+    name = type(model).__name__
+    known = next((task for task, classes in _TASKS.items() if name in classes.values()), None)
+    auto_class = auto_class_of(model.config, name) if isinstance(model, PreTrainedModel) else None
+    return known or next((task for task, names in TASK_TYPES.items() if names.auto_class == auto_class), None)
 
 
 def _require_files(donor: object) -> None:
@@ -213,13 +224,17 @@ class _Opened(NamedTuple):
 
 
 def _open(
-    base: str | os.PathLike[str], base_revision: str | None, config: GraftConfig, token: str | bool | None
+    base: str | os.PathLike[str],
+    base_revision: str | None,
+    config: GraftConfig,
+    token: str | bool | None,
+    trust_remote_code: bool,
 ) -> _Opened:
     base_files = CheckpointDonor(base, base_revision, role="base", token=token)
     donor_files = open_donor(config.donor, config.donor_revision, token)  # first: its errors name the donor
     is_zeros = config.donor == ZerosDonor.name
-    like = None if is_zeros else read_config(config.donor, config.donor_revision, token)
-    model = build_skeleton(base, base_revision, like, token=token)
+    like = None if is_zeros else read_config(config.donor, config.donor_revision, token, trust_remote_code)
+    model = build_skeleton(base, base_revision, like, token=token, trust_remote_code=trust_remote_code)
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
     name_modules(config, model, from_file=False)
@@ -331,8 +346,12 @@ def _fill_modules_to_save(
             prefix = getattr(model, "base_model_prefix", "")
             view = base_view
             wanted = {f"{plain}.{name}": tuple(value.shape) for name, value in copied.named_parameters()}
-            names = resolve_names(wanted, view, (prefix,) if prefix else (), aliases_of(model, view))
+            names = resolve_names(
+                wanted, view, (prefix,) if prefix else (), aliases_of(model, view), are_saved_whole=True
+            )
             names |= find_names([f"{plain}.{name}" for name in copied.state_dict()], view)
+        if view is donor_view and donor_view is not None:
+            _require_finite(donor_view, base_view, names)
         loaded = {
             name.removeprefix("base_layer."): value for name, value in module.original_module.state_dict().items()
         }
@@ -343,6 +362,17 @@ def _fill_modules_to_save(
             # Rounded to the base's dtype first, as a copy of the base's own module would be.
             tensors[f"{plain}.{name}"] = found.to(loaded.get(name, empty).dtype).to(empty.dtype)
     fill_modules(model, _ADAPTER, tensors)
+
+
+def _require_finite(donor_view: RenamedCheckpoint, base_view: RenamedCheckpoint, names: Mapping[str, str]) -> None:
+    """Refuse modules to save that hold NaN or Inf, except where the base has the same."""
+    held = {*base_view.names()}
+    for name, donor_name in names.items():
+        theirs = donor_view.get(donor_name)
+        if theirs.is_floating_point():
+            is_there = name in held and base_view.shape(name) == tuple(theirs.shape)
+            ours = base_view.get(name) if is_there else torch.zeros_like(theirs)
+            require_finite(name, ours, theirs, donor_view.name)
 
 
 def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show_progress_bar: bool) -> ExtractResult:
@@ -359,6 +389,7 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
         _install(opened.peft_model, packed, selector.eligible, exact)
+        carry_card(target, directory)
         opened.peft_model.save_pretrained(directory)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     if note := capped_note(budget, selector.wanted, packed.entries, selector.eligible):

@@ -20,6 +20,7 @@ from ..adapter_files.hub_names import CONFIG_FILE, strip_local_paths
 from ..adapter_files.summary import WEIGHTS_FILE, SavedAdapter, read_saved
 from ..analysis.localization import locate
 from ..analysis.plots import density_recovery, skill_map
+from ..patch.atomic import ends_by_exception
 
 MAP_FILE = "skill_map.png"
 RECOVERY_FILE = "density_recovery.png"
@@ -117,7 +118,7 @@ def push(
     saved = _require_graft(path)
     saved.load_patch()  # refuse a damaged patch before anything is published
     api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
+    with ends_by_exception(), TemporaryDirectory() as folder:
         staging = Path(folder)
         names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if (path / CARD_FILE).is_file() else [])]
         for name in [*names, *_pictures(path)]:

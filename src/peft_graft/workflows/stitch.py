@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
+from ..adapter_files.card import carry_card, require_readable_card
+from ..adapter_files.hub_names import find_hub_ids
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.combine import stitch_problems
 from ..patch.patch import PatchError
@@ -50,6 +53,7 @@ def stitch(
     base_revision: str | None = None,
     modules_to_save_from: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> StitchResult:
     """Write the adapter that `model.add_weighted_adapter(adapters, weights, ...)` would give, from files alone.
@@ -65,6 +69,8 @@ def stitch(
         base_revision: Branch, tag or commit of a base on the Hub.
         modules_to_save_from: The adapter whose modules to save are taken; needed if theirs differ.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
+        trust_remote_code: Run the code that comes with a base that transformers does not know. Without it, such bases
+            are refused; nothing is asked on the terminal.
         overwrite: Replace an adapter that is in `output_dir` already.
 
     Returns:
@@ -73,18 +79,23 @@ def stitch(
     Raises:
         PatchError: An adapter is no finished graft or belongs to another base, or values overflow.
         ValueError: Arguments are wrong (one message for all of them), or no entry is left.
-        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set.
+        FileExistsError: There is an adapter in `output_dir`, and `overwrite` is not set; or it holds one of the
+            adapters, the base or another model.
         DonorError: The base cannot be read.
         OSError: An adapter or the base does not exist.
     """
     target = Path(output_dir)
-    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    require_readable_card(target)
     paths = [os.fspath(adapter) for adapter in adapters]
+    inputs: dict[str, Any] = {**{f"adapter {number}": path for number, path in enumerate(paths, 1)}, "base": base}
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs)
     weights = [1.0] * len(paths) if weights is None else list(weights)
     wanted = None if modules_to_save_from is None else os.fspath(modules_to_save_from)
     _require_arguments(paths, weights, combination_type, wanted)
-    opened = [_open(path, base, base_revision, token) for path in paths]
+    opened = [_open(path, base, base_revision, token, trust_remote_code) for path in paths]
     grafts = dict(zip(_adapter_names(paths), opened, strict=True))
+    inputs = {"base": opened[0].base}  # that the adapters name
+    check_output_dir(target, overwrite, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), inputs)
     _require_one_base(grafts)
     names = dict(zip(map(_real_path, paths), grafts, strict=True))
     chosen = None if wanted is None else names[_real_path(wanted)]
@@ -96,6 +107,7 @@ def stitch(
     config = tuner.peft_config[_ADAPTER]
     config.note(provenance={**(config.record.provenance or {}), "modules_to_save_from": chosen})
     with atomic_directory(target, last=CONFIG_NAME) as directory:
+        carry_card(target, directory)
         model.save_pretrained(directory, selected_adapters=[_ADAPTER])
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return StitchResult(target, config.record.entries or 0, (config.record.provenance or {})["conflicts"], nbytes)
@@ -132,12 +144,16 @@ def _real_path(adapter: str) -> str:
 
 
 def _open(
-    adapter: str, base: str | os.PathLike[str] | None, base_revision: str | None, token: str | bool | None
+    adapter: str,
+    base: str | os.PathLike[str] | None,
+    base_revision: str | None,
+    token: str | bool | None,
+    trust_remote_code: bool,
 ) -> AdapterOnBase:
-    if Path(adapter).exists() or "@" not in adapter:
-        return AdapterOnBase(adapter, base, base_revision, token=token)
-    repo_id, _, revision = adapter.rpartition("@")
-    return AdapterOnBase(repo_id, base, base_revision, revision, token)
+    repo_id, revision = adapter, None
+    if "@" in adapter and not Path(adapter).exists():
+        repo_id, _, revision = adapter.rpartition("@")
+    return AdapterOnBase(repo_id, base, base_revision, revision, token, trust_remote_code)
 
 
 def _require_one_base(grafts: Mapping[str, AdapterOnBase]) -> None:
@@ -171,6 +187,8 @@ def _load_together(grafts: Mapping[str, AdapterOnBase], source: str | None) -> P
     """Return a model without values that holds all adapters, and the modules to save of one of them."""
     for graft in grafts.values():
         graft.config.base_model_name_or_path = graft.base  # the base may have moved
+        known = graft.config.record.hub_ids if graft.config.record else None
+        graft.config.note(hub_ids=find_hub_ids([graft.base], known))
     first, *others = grafts
     skeleton = grafts[first].build_model(None if source is None else grafts[source].num_labels)
     model = get_peft_model(skeleton, grafts[first].config, adapter_name=first)

@@ -153,7 +153,7 @@ class Explorer:
         self.donor = AutoModelForSequenceClassification.from_pretrained(donor).to(device).eval()
         # The smallest possible graft checks that base and donor fit together, and counts the eligible entries.
         smallest = get_peft_model(copy.deepcopy(self.base), GraftConfig(donor=self.donor, num_params=1))
-        self.eligible = int(smallest.peft_config["default"].record.record.eligible)
+        self.eligible = int(smallest.peft_config["default"].record.eligible)
         self.labels = [self.base.config.id2label[index] for index in range(self.base.config.num_labels)]
         progress(0.2, "reading the data")
         columns: dict[str, Any] = {"text_columns": args.text_columns, "label_column": args.label_column}
@@ -238,7 +238,7 @@ class Explorer:
         Returns:
             An iterator that yields each point as soon as it is measured.
         """
-        possible = [density for density in densities if round(density * self.record.eligible) >= 1]
+        possible = [density for density in densities if round(density * self.eligible) >= 1]
         present = self.graft
         for turn, density in enumerate(possible):
             progress(turn / len(possible), f"{selection} at density {density:.0e}")

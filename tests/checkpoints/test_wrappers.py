@@ -147,7 +147,7 @@ class TestUnmergedAdapters:
     def test_in_memory(self) -> None:
         base = tiny_llama()
         donor = get_peft_model(perturbed(base), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-        with pytest.raises(DonorError, match=r"donor must be a plain model.*of a PEFT adapter.*merge_and_unload"):
+        with pytest.raises(DonorError, match=r"donor must be a whole model.*with an adapter.*merge_and_unload"):
             graft(base, donor, density=0.1)
         merged = donor.merge_and_unload()
         grafted = graft(base, merged, density=1.0, target_modules="all")

@@ -429,6 +429,7 @@ def test_nan_that_both_have_is_saved_with_a_whole_module(tmp_path: Path) -> None
 # Resized vocabularies
 
 
+@pytest.mark.filterwarnings("ignore:donor should have as many rows as the base")
 @pytest.mark.parametrize("live", [True, False])
 def test_the_remedy_names_the_option_that_the_user_gave(live: bool, tmp_path: Path) -> None:
     base, donor = save_pair(tmp_path, models.tiny_llama)

@@ -178,7 +178,7 @@ def test_heads_that_are_damaged_are_refused(change: str, tmp_path: Path) -> None
     head = tensors.pop(key)
     tensors |= {
         "missing": {},
-        "shape": {key: head[:-1].clone()},
+        "shape": {key: head[:, :-1].clone()},
         "dtype": {key: head.long()},
         "other": {key: head, "base_model.model.model.norm.weight": torch.ones(16)},
     }[change]

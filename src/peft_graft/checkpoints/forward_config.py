@@ -16,6 +16,7 @@ _NEUTRAL = re.compile(
     r"(_name_or_path|architectures|transformers_version|model_type|auto_map|dtype|torch_dtype|quantization_config"
     r"|use_cache|return_dict|output_\w+|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward"
     r"|problem_type|id2label|label2id|num_labels|finetuning_task|task_specific_params|tokenizer_class|prefix"
+    r"|num_hidden_layers|num_layers|n_layers?|(num_)?(en|de)coder_layers|layer_types"
     r"|tie_word_embeddings|tie_encoder_decoder|vocab_size|initializer_\w+|\w*init_std|init_\w+|layer_?drop|\w*drop\w*"
     r"|\w*_token_ids?|\w*suppress_tokens|\w*aux_loss\w*|router_jitter_noise|mask_(time|feature)\w*|pruned_heads)"
 )

@@ -18,7 +18,17 @@ from torch import nn
 
 from ..backends.offloaded import where_it_runs
 from ..backends.sharded import frees_parameters
-from .in_place import PatchLease, ResolvedTensor, can_write, is_traced, own_copy, patched_copy, release_all, uncompiled
+from .in_place import (
+    PatchLease,
+    ResolvedTensor,
+    can_write,
+    is_any_applied,
+    is_traced,
+    own_copy,
+    patched_copy,
+    release_all,
+    uncompiled,
+)
 from .per_row import run_by_row
 from .sparse_grad import SparseGrad, is_simple, patched_run
 
@@ -172,6 +182,8 @@ def run(layer: GraftLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if torch.compiler.is_compiling() and layer.applied_names:  # what is compiled cannot tell own bits from a patch's
         bare = layer.get_base_layer() if has_active_applied(layer) else None
         return bare(*args, **kwargs) if bare is not None else uncompiled(run, layer, args, kwargs)
+    if layer.merged and not layer.aliases and not is_any_applied():
+        return layer.get_base_layer()(*args, **kwargs)
     if layer.rows is not None and not layer.disable_adapters:
         return run_by_row(
             lambda name, *own, **named: layer.run_patched([name], own, named),

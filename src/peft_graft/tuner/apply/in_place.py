@@ -258,6 +258,11 @@ def restored(entries: torch.Tensor, at: torch.Tensor, indices: torch.Tensor, bef
     return torch.where(indices[where] == at, before[where].to(entries), entries)
 
 
+def is_any_applied() -> bool:
+    """Return whether somebody runs on any parameter right now."""
+    return bool(_applied)
+
+
 def has_patch(parameter: torch.Tensor) -> bool:
     """Return whether somebody runs on the parameter right now."""
     return bool(_applied) and parameter.data_ptr() in _applied

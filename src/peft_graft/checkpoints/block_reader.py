@@ -232,11 +232,15 @@ def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         # their own, and then a thread that ends at once sets the default again.
         default = _in_new_thread(torch.get_num_threads)
         started = threading.Barrier(workers)  # each call waits for all others, so every thread gets one
+        are_ready = False
         try:
             for each in [pool.submit(_use_one_core, started) for _ in range(workers)]:
                 each.result()
+            are_ready = True
         finally:
             started.abort()  # where not all threads could be started, the others end
+            if not are_ready:
+                pool.shutdown(cancel_futures=True)  # and they set the default until they have ended
             _in_new_thread(lambda: torch.set_num_threads(default))
         yield pool
     finally:

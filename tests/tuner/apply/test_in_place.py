@@ -213,16 +213,16 @@ def entries(key: object, indices: list[int], values: list[float], **more: Any) -
 def test_leases_with_the_same_patch_share_it_and_others_work_on_copies_of_the_own_bits() -> None:
     weight = torch.arange(6.0)
     one, two = entries("one", [0, 2, 5], [-1.0, -2.0, -3.0]), entries("two", [2, 3], [7.0, 8.0])
-    first, again, other = PatchLease(weight), PatchLease(weight), PatchLease(weight)
-    assert first.acquire(one)
+    first, again, other = PatchLease(), PatchLease(), PatchLease()
+    assert first.acquire(weight, one)
     assert weight.tolist() == [-1, 1, -2, 3, 4, -3] and has_patch(weight)
     assert own_entries(weight, torch.arange(6)).tolist() == own_copy(weight).tolist() == [0, 1, 2, 3, 4, 5]
     assert own_entries(weight, torch.tensor([5, 1])).tolist() == [5, 1]
     assert patched_copy(weight, two.indices, two.values).tolist() == [0, 1, 7, 8, 4, 5]
-    assert not other.acquire(two)
+    assert not other.acquire(weight, two)
     with written(weight, two) as copied:
         assert copied.tolist() == [0, 1, 7, 8, 4, 5]
-    assert again.acquire(one)
+    assert again.acquire(weight, one)
     for lease in (other, first, first):
         lease.release()
         assert weight.tolist() == [-1, 1, -2, 3, 4, -3]
@@ -231,23 +231,22 @@ def test_leases_with_the_same_patch_share_it_and_others_work_on_copies_of_the_ow
         assert weight.tolist() == [0, 1, 2, 3, 4, 5] and not has_patch(weight) and own_copy(weight) is None
     with written(weight, NOTHING) as empty:
         assert own_entries(empty, one.indices).tolist() == [0, 2, 5]
-        assert not other.acquire(two)
+        assert not other.acquire(weight, two)
 
 
 def test_a_patch_that_expects_other_values_of_the_base_is_not_written() -> None:
-    weight, lease = torch.arange(4.0), None
-    lease = PatchLease(weight)
-    assert not lease.acquire(entries("one", [1], [9.0], expected=torch.tensor([2.0])))
+    weight, lease = torch.arange(4.0), PatchLease()
+    assert not lease.acquire(weight, entries("one", [1], [9.0], expected=torch.tensor([2.0])))
     assert weight.tolist() == [0, 1, 2, 3] and not has_patch(weight)
-    assert lease.acquire(entries("one", [1], [9.0], expected=torch.tensor([1.0])))
+    assert lease.acquire(weight, entries("one", [1], [9.0], expected=torch.tensor([1.0])))
     lease.release()
     assert weight.tolist() == [0, 1, 2, 3]
 
 
 def test_a_lease_that_nobody_holds_is_released() -> None:
     weight = torch.arange(4.0)
-    lease = PatchLease(weight)
-    assert lease.acquire(entries("one", [1], [9.0]))
+    lease = PatchLease()
+    assert lease.acquire(weight, entries("one", [1], [9.0]))
     del lease
     assert weight.tolist() == [0, 1, 2, 3] and not has_patch(weight)
 
@@ -337,7 +336,7 @@ class CountWrites(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.Tensor.index_copy_
+        self.count += func is torch.Tensor.scatter_
         return func(*args, **(kwargs or {}))
 
 
@@ -518,7 +517,7 @@ def test_unrelated_models_do_not_wait_for_each_other() -> None:
 
     class Slow(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.index_copy_:
+            if func is torch.Tensor.scatter_:
                 inside.set()
                 finish.wait(20)
             return func(*args, **(kwargs or {}))

@@ -1,7 +1,8 @@
 """Bring the active patches into a layer's forward, by one of three strategies.
 
-In place, where no gradient is wanted: `PatchLease` writes the entries into the parameters, and the base's bits return
-when the call of the whole model ends (`applied`), or the layer's own where it is called alone. With a sparse gradient,
+In place, where no gradient is wanted: `PatchLease` writes the entries into the parameters. The base's bits return when
+the layer has run, while its parameters are in the processor's cache. Where the layers run again in the same call, as in
+`generate`, and inside of `model.applied()`, they return when that ends. With a sparse gradient,
 where a Linear, Conv1D or Embedding runs under autograd: `sparse_grad`. On a patched copy, for anything unusual.
 """
 
@@ -26,7 +27,6 @@ from .in_place import (
     is_traced,
     own_copy,
     patched_copy,
-    release_all,
     uncompiled,
 )
 from .per_row import run_by_row
@@ -38,83 +38,96 @@ if TYPE_CHECKING:
 
 
 class AppliedScope:
-    """The patches that stay in place until a model's call ends, in the thread that makes the call.
+    """A call of a model, in the thread that makes it, and the patches that stay in place until it ends.
 
-    A layer's patch is written when the layer runs for the first time, and is there when it runs again, as for every
-    token that `generate` adds.
+    They stay as soon as a layer runs again, as it does for every token that `generate` adds.
 
     Args:
         states: The states that the model's layers share.
-        keeps: Whether patches may stay; False where an engine frees the parameters of a module that has run.
+        may_keep: Whether patches may stay; False where an engine frees the parameters of a module that has run.
     """
 
-    def __init__(self, states: GraftStates, keeps: bool = True) -> None:
-        self.states, self._keeps = states, keeps
+    def __init__(self, states: GraftStates, may_keep: bool) -> None:
+        self.states, self._may_keep, self._keeps = states, may_keep, False
         self.version = states.version  # of the patches that are in place
-        self._leases: dict[GraftLayer, list[PatchLease]] = {}  # none where the layer's patch cannot be in place
+        self._leases: dict[GraftLayer, PatchLease] = {}  # empty where the layer's patch cannot be in place
         self._names: list[tuple[GraftLayer, list[str]]] = []
         self._ran: set[GraftLayer] = set()
 
     def has(self, layer: GraftLayer) -> bool:
-        """Return whether the layer's parameters carry the active patches, after writing them where that is possible."""
+        """Return whether the layer's parameters carry the active patches until the call ends; to be asked when it runs.
+
+        They are written where they are to stay and can.
+        """
         if layer in self._ran:  # a new pass through the model: what the layers share may have changed
             self._ran.clear()
+            self._keeps = self._may_keep
             self.states.look()
         self._ran.add(layer)
         if self.version != self.states.version:
             self.release()
             self.version = self.states.version
-        leases = self._leases.get(layer)
-        if leases is None and self._keeps:
-            leases = self._leases[layer] = []
-            self._acquire(layer, leases)
-        return bool(leases)
+        return self._keeps and self._write(layer)
 
-    def _acquire(self, layer: GraftLayer, leases: list[PatchLease]) -> None:
-        if layer.rows is not None or layer.disable_adapters or not is_simple(layer.get_base_layer()):
-            return
-        layer.check(None)
-        if lease_all(layer, leases):
-            names = list(layer.active_adapters)
-            self._names.append((layer, names))
-            layer.applied_names.append(names)
-        else:
-            release_all(leases)
-            leases.clear()
+    def keep(self, layers: Iterable[GraftLayer]) -> None:
+        """Patch these layers at once, and let all patches stay until the call ends."""
+        self._keeps = self._may_keep
+        with torch.no_grad():
+            for layer in layers if self._keeps else ():
+                self._write(layer)
+
+    def _write(self, layer: GraftLayer) -> bool:
+        lease = self._leases.get(layer)
+        if lease is None:
+            lease = self._leases[layer] = PatchLease()
+            if acquire(layer, lease):
+                names = list(layer.active_adapters)
+                self._names.append((layer, names))
+                layer.applied_names.append(names)
+            else:
+                lease.release()
+        return bool(lease)
 
     def release(self) -> None:
         """Put the base's bits back; doing so twice does nothing."""
+        leases = list(self._leases.values())
         try:
-            release_all([lease for leases in self._leases.values() for lease in leases])
+            for lease in leases:
+                lease.release()
         finally:
+            for lease in leases:
+                lease.release()  # once more, because an interrupt may end the first
             for layer, names in self._names:
                 layer.applied_names[:] = [others for others in layer.applied_names if others is not names]
         self._leases, self._names = {}, []
 
 
 @contextmanager
-def applied(states: GraftStates, model: nn.Module, layers: Iterable[GraftLayer] = ()) -> Iterator[None]:
-    """Let patches stay in place until a model's call ends; calls inside of it share them.
+def applied(states: GraftStates, model: nn.Module, layers: Iterable[GraftLayer] | None = None) -> Iterator[None]:
+    """Open a call of a model; calls inside of it share its patches.
 
     Args:
         states: The states that the model's layers share.
         model: The model that holds the layers.
-        layers: Layers to patch at once, so that also a forward that is compiled inside finds them patched.
+        layers: Layers to patch at once, so that also a forward that is compiled inside finds them patched, and to keep
+            patched until the call ends; None for a single forward pass, in which each layer is patched while it runs.
     """
     if is_traced():
         yield
         return
     states.look()
     thread = threading.get_ident()
-    if thread in states.scopes:
+    outer = states.scopes.get(thread)
+    if outer is not None:
+        if layers is not None:
+            outer.keep(layers)
         yield
         return
-    scope = AppliedScope(states, keeps=not frees_parameters(model))
+    scope = AppliedScope(states, may_keep=not frees_parameters(model))
     try:
         states.scopes[thread] = scope
-        with torch.no_grad():
-            for layer in layers:
-                scope.has(layer)
+        if layers is not None:
+            scope.keep(layers)
         yield
     finally:
         try:
@@ -130,40 +143,43 @@ def _close(scope: AppliedScope, thread: int) -> None:
         scope.release()
 
 
-def lease_all(layer: GraftLayer, leases: list[PatchLease]) -> bool:
+def acquire(layer: GraftLayer, lease: PatchLease) -> bool:
     """Write the active patches into all parameters of a layer, also none, so that nobody else writes meanwhile.
 
     Args:
         layer: The layer.
-        leases: Takes the leases, one by one, so that they can be released whatever happens.
+        lease: Takes the parameters, one by one, so that they can be released whatever happens.
 
     Returns:
         Whether all parameters have theirs.
     """
+    if layer.disable_adapters or layer.rows is not None or not is_simple(layer.get_base_layer()):
+        return False
+    layer.check(None)
     for param, (module, name, patch) in zip(layer.keys, layer.plan(), strict=True):
         parameter = module._parameters[name]
-        if parameter is None or not _lease(layer, param, parameter, patch, leases):
+        if parameter is None or not _write(layer, param, parameter, patch, lease):
             return False
     return True
 
 
-def _lease(
+def _write(
     layer: GraftLayer,
     param: str,
     parameter: torch.Tensor,
     patch: ResolvedTensor,
-    leases: list[PatchLease],
+    lease: PatchLease,
     adapter_names: list[str] | None = None,
 ) -> bool:
     """Write a patch into one parameter, resolved anew where the base has changed since."""
     if not can_write(parameter):
         return False
-    if patch.expected is not None and parameter.device.type != "cpu":
+    if patch.expected is None:
+        return lease.acquire(parameter, patch)
+    if not parameter.is_cpu:
         # Comparing with the base would wait for the device; computing the values again does not.
-        patch = layer.resolve(param, adapter_names)._replace(expected=None)
-    lease = PatchLease(parameter)
-    leases.append(lease)
-    return lease.acquire(patch) or (patch.expected is not None and lease.acquire(layer.resolve(param, adapter_names)))
+        return lease.acquire(parameter, layer.resolve(param, adapter_names)._replace(expected=None))
+    return lease.acquire(parameter, patch) or lease.acquire(parameter, layer.resolve(param, adapter_names))
 
 
 def run(layer: GraftLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,9 +206,17 @@ def run(layer: GraftLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             layer.rows, args, kwargs, layer.tensor_prefix, layer.patches,
         )  # fmt: skip
     if not torch.is_grad_enabled() and not is_traced():
-        scope = layer.states.scopes.get(threading.get_ident()) if layer.states.scopes else None
-        if scope is not None and scope.has(layer):
+        scope = layer.states.scopes.get(threading.get_ident())
+        if scope is None:
+            layer.states.look()
+        elif scope.has(layer):
             return layer.get_base_layer()(*args, **kwargs)
+        lease = PatchLease()
+        try:
+            if acquire(layer, lease):
+                return layer.get_base_layer()(*args, **kwargs)
+        finally:
+            lease.release()
     return layer.run_patched([] if layer.disable_adapters else None, args, kwargs)
 
 
@@ -259,14 +283,14 @@ def patched(layer: GraftLayer, adapter_names: list[str] | None = None) -> Iterat
     module = layer.get_base_layer()
     simple = is_simple(module) and not is_traced()
     in_place = simple and not torch.is_grad_enabled()
-    leases: list[PatchLease] = []
+    lease = PatchLease()
     shadows: list[tuple[dict[str, Any], str]] = []
     try:
         for param in layer.keys:
             parameter = layer.base_parameter(param)
             if in_place:
                 patch = layer.resolve(param, adapter_names)
-                if _lease(layer, param, parameter, patch, leases, adapter_names):
+                if _write(layer, param, parameter, patch, lease, adapter_names):
                     continue
             tensor = effective(layer, param, adapter_names)
             if tensor is None:
@@ -283,4 +307,4 @@ def patched(layer: GraftLayer, adapter_names: list[str] | None = None) -> Iterat
             for attributes, name in shadows:
                 attributes.pop(name, None)
         finally:
-            release_all(leases)
+            lease.release()

@@ -1,6 +1,6 @@
 """Write a patch into a parameter's own storage for a while: O(patch), where a patched copy is O(parameter).
 
-Who runs on a patch holds a `PatchLease` on each parameter. The first lease writes the patch, the last one restores the
+Who runs on a patch holds a `PatchLease` on the parameters. The first lease writes the patch, the last one restores the
 base's bits, and leases with the same patch share it, also between threads. A parameter that has another patch on it is
 left alone; its user works on a patched copy.
 """
@@ -39,12 +39,13 @@ NOTHING = ResolvedTensor((), torch.empty(0, dtype=torch.int64), torch.empty(0))
 class AppliedPatch:
     """A patch that is on a parameter right now, with the base's values that it covers."""
 
-    __slots__ = ("address", "before", "flat", "lock", "patch", "users")
+    __slots__ = ("address", "before", "flat", "lock", "parameter", "patch", "users")
 
-    def __init__(self, data: torch.Tensor, address: int, patch: ResolvedTensor) -> None:
+    def __init__(self, parameter: torch.Tensor, address: int, patch: ResolvedTensor) -> None:
+        data = parameter.data
         # Holding the data keeps its address taken. Without a patch, the layout does not matter.
-        self.flat = data.view(-1) if patch.indices.numel() else data
-        self.address, self.patch = address, patch
+        self.flat = data if patch is NOTHING else data.view(-1)
+        self.parameter, self.address, self.patch = parameter, address, patch
         self.before: torch.Tensor | None = None  # the base's values at the indices, [n]
         self.users: set[int] = set()  # ids of leases, so that a lease can be collected
         self.lock = threading.RLock()  # reentrant, because a lease may be collected while its thread is in here
@@ -52,21 +53,21 @@ class AppliedPatch:
     def write(self) -> bool:
         """Write the patch; return False, and write nothing, where the base is not as the patch expects it."""
         _, indices, values, expected = self.patch
-        if indices.numel():
+        if self.patch is not NOTHING:
             before = self.flat.index_select(0, indices)
             if expected is not None and not torch.equal(before, expected):
                 return False
             self.before = before  # before the write, so that an interrupt in between does no harm
-            self.flat.index_copy_(0, indices, values)
+            self.flat.scatter_(0, indices, values)  # half the time of `index_copy_`
         return True
 
-    def restore(self, parameter: torch.Tensor) -> None:
+    def restore(self) -> None:
         """Put the base's bits back; also into the parameter's new storage, if a hook has moved the model meanwhile."""
         if self.before is None:
             return
-        self.flat.index_copy_(0, self.patch.indices, self.before)
-        moved = parameter.data
-        if moved.data_ptr() != self.address:
+        self.flat.scatter_(0, self.patch.indices, self.before)
+        if self.parameter.data_ptr() != self.address:
+            moved = self.parameter.data
             overwrite(moved, self.patch.indices.to(moved.device), self.before.to(moved))
 
 
@@ -74,40 +75,36 @@ _applied: dict[int, AppliedPatch] = {}  # by address, so that tied parameters sh
 
 
 class PatchLease:
-    """The right to run on a parameter with one patch on it, until `release`.
+    """The right to run on parameters, each with one patch on it, until `release`.
 
     Releasing twice does nothing, and a lease that nobody holds any more is released: an interrupt may come anywhere.
-
-    Args:
-        parameter: The parameter.
     """
 
-    __slots__ = ("_applied", "_parameter")
+    __slots__ = ("_held",)
 
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self._parameter = parameter
-        self._applied: AppliedPatch | None = None
+    def __init__(self) -> None:
+        self._held: list[AppliedPatch] = []
 
-    @property
-    def is_held(self) -> bool:
-        """Return whether the lease has been acquired, and not released yet."""
-        return self._applied is not None
+    def __bool__(self) -> bool:
+        """Return whether any parameter has been acquired, and not released yet."""
+        return bool(self._held)
 
-    def acquire(self, patch: ResolvedTensor) -> bool:
-        """Write the patch, or join those who run on the same.
+    def acquire(self, parameter: torch.Tensor, patch: ResolvedTensor) -> bool:
+        """Write a patch into a parameter, or join those who run on the same.
 
         Args:
+            parameter: The parameter.
             patch: What to write.
 
         Returns:
             Whether the parameter has the patch now. False where others run on another one, and where the base has
             changed since the patch was resolved.
         """
-        address = self._parameter.data_ptr()
+        address = parameter.data_ptr()
         while True:
             applied = _applied.get(address)
             if applied is None:
-                written = self._write(AppliedPatch(self._parameter.data, address, patch))
+                written = self._write(AppliedPatch(parameter, address, patch))
                 if written is not None:
                     return written
             elif patch.key is None or applied.patch.key != patch.key:
@@ -115,13 +112,13 @@ class PatchLease:
             elif self._join(applied):
                 return True
 
-    def join(self) -> AppliedPatch:
-        """Keep the parameter as it is for a while, whatever patch is on it."""
-        address = self._parameter.data_ptr()
+    def join(self, parameter: torch.Tensor) -> AppliedPatch:
+        """Keep a parameter as it is for a while, whatever patch is on it."""
+        address = parameter.data_ptr()
         while True:
             applied = _applied.get(address)
             if applied is None:
-                fresh = AppliedPatch(self._parameter.data, address, NOTHING)
+                fresh = AppliedPatch(parameter, address, NOTHING)
                 if self._write(fresh):
                     return fresh
             elif self._join(applied):
@@ -129,63 +126,55 @@ class PatchLease:
 
     def _write(self, fresh: AppliedPatch) -> bool | None:
         """Register a patch and write it; None where another thread was faster."""
-        self._applied = fresh  # first, so that whatever follows can be undone
+        self._held.append(fresh)  # first, so that whatever follows can be undone
         with fresh.lock:
             fresh.users.add(id(self))
-            if _applied.setdefault(fresh.address, fresh) is not fresh:
-                self._applied = None
-                return None
-            if fresh.write():
+            first = _applied.setdefault(fresh.address, fresh) is fresh
+            if first and fresh.write():
                 return True
-            self.release()
-            return False
+        self._leave(fresh)
+        return False if first else None
 
     def _join(self, applied: AppliedPatch) -> bool:
         """Use a patch that is there; False where its last user has just left."""
-        self._applied = applied
+        self._held.append(applied)
         with applied.lock:
             applied.users.add(id(self))
             if _applied.get(applied.address) is applied:
                 return True
-            applied.users.discard(id(self))
-        self._applied = None
+        self._leave(applied)
         return False
 
-    def release(self) -> None:
+    def _leave(self, applied: AppliedPatch) -> None:
         """Put the base's bits back, unless others still run on the patch."""
-        applied = self._applied
-        if applied is None:
-            return
         with applied.lock:
             applied.users.discard(id(self))
             if not applied.users and _applied.get(applied.address) is applied:
-                applied.restore(self._parameter)
+                applied.restore()
                 _applied.pop(applied.address, None)
-        self._applied = None
+        self._held.remove(applied)
+
+    def release(self) -> None:
+        """Leave all parameters, all of them also where an interrupt comes in between."""
+        try:
+            while self._held:
+                self._leave(self._held[-1])
+        finally:
+            while self._held:
+                self._leave(self._held[-1])
 
     def __del__(self) -> None:
         """Release what an exception has left behind."""
-        if getattr(self, "_applied", None) is not None:
+        if getattr(self, "_held", None):
             self.release()
-
-
-def release_all(leases: Iterable[PatchLease]) -> None:
-    """Release several leases, all of them also where an interrupt comes in between."""
-    try:
-        for lease in leases:
-            lease.release()
-    finally:
-        for lease in leases:
-            if lease.is_held:
-                lease.release()
 
 
 @contextmanager
 def written(parameter: torch.Tensor, patch: ResolvedTensor) -> Iterator[torch.Tensor]:
     """Give the parameter with a patch on it, or a patched copy where it cannot be written to."""
-    lease = PatchLease(parameter)
+    lease = PatchLease()
     try:
-        held = can_write(parameter) and lease.acquire(patch)
+        held = can_write(parameter) and lease.acquire(parameter, patch)
         yield parameter if held else patched_copy(parameter.detach(), patch.indices, patch.values)
     finally:
         lease.release()
@@ -213,7 +202,7 @@ def can_write(parameter: torch.Tensor) -> bool:
         and not parameter.requires_grad
         and not parameter.is_meta
         and parameter.is_contiguous()
-        and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
+        and not (parameter.is_cpu and parameter.untyped_storage().is_shared())
         and (torch.is_inference_mode_enabled() or not parameter.is_inference())
     )
 
@@ -236,7 +225,7 @@ def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tens
         return before
     flat = data.view(-1)
     before = flat.index_select(0, indices)
-    flat.index_copy_(0, indices, values)
+    flat.scatter_(0, indices, values)
     return before
 
 
@@ -271,9 +260,9 @@ def has_patch(parameter: torch.Tensor) -> bool:
 @contextmanager
 def _kept(parameter: torch.Tensor) -> Iterator[AppliedPatch]:
     """Keep others from writing to the parameter, or from restoring it, while its bits are read."""
-    lease = PatchLease(parameter)
+    lease = PatchLease()
     try:
-        yield lease.join()
+        yield lease.join(parameter)
     finally:
         lease.release()
 
@@ -315,7 +304,7 @@ def copied(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[torch.Tenso
     Yields:
         A function that puts the base's bits into a copy: `put_back(copy, parameter)`.
     """
-    leases: dict[int, PatchLease] = {}
+    lease = PatchLease()
 
     def put_back(copy: torch.Tensor, parameter: torch.Tensor) -> None:
         applied = _applied.get(parameter.data_ptr())
@@ -325,11 +314,10 @@ def copied(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[torch.Tenso
     try:
         for parameter in parameters:
             if not parameter.is_meta:
-                lease = leases.setdefault(parameter.data_ptr(), PatchLease(parameter))
-                lease.join()
+                lease.join(parameter)
         yield put_back
     finally:
-        release_all(leases.values())
+        lease.release()
 
 
 def _put(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -146,20 +146,29 @@ class TestCheckpointDonor:
             CheckpointDonor(tmp_path).get("x")
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of org/donor in a cache of the Hub, which cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root = tmp_path / "hub" / "models--org--donor"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "snapshots" / COMMIT).mkdir(parents=True)
+    return root / "snapshots" / COMMIT
+
+
 class TestHubCache:
     """Hub ids, answered by a cache on disk while offline."""
 
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+    COMMIT = COMMIT
 
     @pytest.fixture
-    def snapshot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        root = tmp_path / "hub" / "models--org--donor"
-        (root / "refs").mkdir(parents=True)
-        (root / "refs" / "main").write_text(self.COMMIT)
-        (root / "snapshots" / self.COMMIT).mkdir(parents=True)
-        return root / "snapshots" / self.COMMIT
+    def snapshot(self, hub_cache: Path) -> Path:
+        return hub_cache
 
     @pytest.mark.parametrize("write", [write_single, write_shards])
     def test_cached(self, snapshot: Path, write) -> None:
@@ -293,6 +302,55 @@ def test_the_files_of_diffusers_are_found(tmp_path: Path, write) -> None:
     for file in tmp_path.glob("model.safetensors*"):
         file.rename(tmp_path / f"diffusion_pytorch_{file.name}")
     check_holds_tensors(CheckpointDonor(tmp_path))
+
+
+class TestSubfolders:
+    """Checkpoints in a folder of a directory or a repository, as the parts of a pipeline are."""
+
+    @pytest.mark.parametrize("write", [write_single, write_shards])
+    @pytest.mark.parametrize("names", ["", "diffusion_pytorch_"])
+    def test_in_a_directory_and_on_the_hub(
+        self, hub_cache: Path, names: str, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for root in (hub_cache, tmp_path / "pipeline"):
+            (root / "parts" / "unet").mkdir(parents=True)
+            write(root / "parts" / "unet")
+            (root / "parts" / "unet" / "config.json").write_text('{"model_type": "bert", "origin": 7}')
+            for file in (root / "parts" / "unet").glob("model.safetensors*"):
+                file.rename(file.parent / f"{names}{file.name}")
+            save_file({"other": torch.ones(1)}, root / "model.safetensors")
+        local = CheckpointDonor(tmp_path / "pipeline", subfolder="parts/unet")
+        remote = CheckpointDonor("org/donor", subfolder="parts/unet")
+        for donor in (local, remote):
+            check_holds_tensors(donor)
+            assert donor.config_fields["origin"] == 7
+        assert (remote.name, remote.revision, local.revision) == ("org/donor", hub_cache.name, None)
+        assert CheckpointDonor("org/donor").names() == ["other"]
+        check_holds_tensors(open_donor("org/donor", subfolder="parts/unet"))
+
+    def test_one_that_is_not_there(self, hub_cache: Path, tmp_path: Path) -> None:
+        (tmp_path / "pipe" / "vae").mkdir(parents=True)
+        with pytest.raises(DonorError, match=r"must have the subfolder 'unet', got \['vae'\].*Check its name"):
+            CheckpointDonor(tmp_path / "pipe", subfolder="unet")
+        with pytest.raises(DonorError, match="must have the subfolder 'unet', got no folders with weights in 'org/don"):
+            CheckpointDonor("org/donor", subfolder="unet")
+        with pytest.raises(DonorError, match="reached or is cached"):
+            CheckpointDonor("org/other", subfolder="unet")
+        with pytest.raises(DonorError, match="id of a Hub repository"):
+            CheckpointDonor("a/b/c", subfolder="unet")
+        file = write_single(tmp_path) / "model.safetensors"
+        with pytest.raises(DonorError, match="must be a directory or a Hub id to have the subfolder"):
+            CheckpointDonor(file, subfolder="unet")
+
+    @pytest.mark.parametrize("subfolder", ["../other", "/etc"])
+    def test_one_outside_of_the_directory(self, subfolder: str, tmp_path: Path) -> None:
+        with pytest.raises(DonorError, match="subfolder must be a folder of the donor"):
+            CheckpointDonor(tmp_path, subfolder=subfolder)
+
+
+def test_the_files_of_diffusers_are_found_on_the_hub(hub_cache: Path) -> None:
+    save_file({"x": torch.ones(1)}, hub_cache / "diffusion_pytorch_model.safetensors")
+    assert CheckpointDonor("org/donor").names() == ["x"]
 
 
 class TestAdapters:

@@ -29,6 +29,7 @@ from grafts import held, output, same_bits
 from models import inputs, perturbed
 from peft_graft import DonorError, GraftConfig, Patch, SelectionError
 from peft_graft.selection import select
+from peft_graft.workflows.diff import diff
 from peft_graft.workflows.export import export
 from peft_graft.workflows.extract import extract, task_of
 from peft_graft.workflows.stitch import stitch
@@ -174,7 +175,7 @@ def test_an_exact_patch_is_lossless(tmp_path: Path) -> None:
     donor = sparse(model)
     model.save_pretrained(tmp_path / "base")
     donor.save_pretrained(tmp_path / "donor")
-    done = extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", target_modules="all", exact=True)
+    done = extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", exact=True)
     merged = PeftModel.from_pretrained(
         type(model).from_pretrained(tmp_path / "base"), tmp_path / "out"
     ).merge_and_unload()
@@ -509,3 +510,38 @@ def test_a_model_with_code_of_its_own_that_is_trusted(own_pair: tuple[Path, Path
             call()
         call(trust_remote_code=True)
     assert same_bits(output(load(tmp_path / "merged", trust_remote_code=True), batch), expected)
+
+
+# Subfolders
+
+
+def test_checkpoints_in_subfolders(tmp_path: Path) -> None:
+    """The adapter is that of the folders themselves; it names the base with its folder, and finds it again."""
+    model = models.tiny_llama(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base" / "text_encoder")
+    perturbed(model).save_pretrained(tmp_path / "donor" / "text_encoder")
+    folders = {"base_subfolder": "text_encoder", "donor_subfolder": "text_encoder"}
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "out", density=0.1, **folders)
+    extract(*(tmp_path / role / "text_encoder" for role in ("base", "donor")), tmp_path / "plain", density=0.1)
+    assert filecmp.cmp(*(tmp_path / out / "adapter_model.safetensors" for out in ("out", "plain")), shallow=False)
+    config = GraftConfig.from_pretrained(tmp_path / "out")
+    assert config.base_model_name_or_path == str(tmp_path / "base") and config.donor == str(tmp_path / "donor")
+    assert (config.record.base_subfolder, config.donor_subfolder) == ("text_encoder", "text_encoder")
+    for adapter in ("out", "plain"):
+        export(tmp_path / adapter, "checkpoint", tmp_path / f"merged-{adapter}")
+    merged = [tmp_path / f"merged-{adapter}" / "model.safetensors" for adapter in ("out", "plain")]
+    assert filecmp.cmp(*merged, shallow=False)
+    stitch([tmp_path / "out"], tmp_path / "stitched")
+    assert GraftConfig.from_pretrained(tmp_path / "stitched").record.base_subfolder == "text_encoder"
+    assert diff(tmp_path / "base", tmp_path / "donor", **folders).total.differing > 0
+
+
+def test_a_donor_in_a_subfolder_of_a_model_in_memory(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    donor = perturbed(model)
+    donor.save_pretrained(tmp_path / "donor" / "transformer")
+    config = GraftConfig(
+        donor=str(tmp_path / "donor"), donor_subfolder="transformer", density=1.0, target_modules="all"
+    )
+    grafted = get_peft_model(copy.deepcopy(model), config)
+    assert torch.equal(output(grafted, inputs(model)), output(donor, inputs(model)))

@@ -17,6 +17,7 @@ from ..patch.atomic import atomic_file
 from ..peft_compat.huggingface_hub_names import repo_folder_name
 
 CONFIG_FILE = "adapter_config.json"
+_NO_DONOR = {"donor": None, "donor_revision": None, "donor_subfolder": None}
 
 
 def is_path(name: str) -> bool:
@@ -136,7 +137,7 @@ def strip_local_paths(directory: str | os.PathLike[str]) -> None:
             stacklevel=3,
         )
     if donor and donor != "zeros" and not public_name(donor, hub_ids):
-        clean |= {"donor": None, "donor_revision": None}
+        clean |= _NO_DONOR
     if clean != fields:
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(clean, indent=2, sort_keys=True), encoding="utf-8", newline="")
@@ -153,7 +154,7 @@ def _without_paths(value: Any, hub_ids: Mapping[str, str | None]) -> Any:
         donor = value.get("donor")
         local = isinstance(donor, str) and donor != "zeros" and not public_name(donor, hub_ids)
         clean = {key: _without_paths(part, hub_ids) for key, part in value.items()}
-        return clean | {"donor": None, "donor_revision": None} if local else clean
+        return clean | _NO_DONOR if local else clean
     if isinstance(value, list):
         return [_without_paths(part, hub_ids) for part in value]
     return None if isinstance(value, str) and is_path(value) else value

@@ -39,6 +39,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How many names an error message lists at most.
 MAX_LISTED = 5
 
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_INDEX_FILE)
 # Bytes of the length that a safetensors file begins with.
 _LENGTH_BYTES = 8
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -106,9 +107,11 @@ class CheckpointDonor:
         revision: Branch, tag or commit of a Hub id.
         role: Its name in errors: `"donor"`, or `"base"` where both sides are read from files.
         token: Token for the Hub.
+        subfolder: Folder in the directory or repository that holds the checkpoint, such as `"unet"`.
 
     Attributes:
         name: `source` as a string.
+        source: Where the checkpoint itself is: the subfolder on this machine if there is one, else `name`.
         revision: The commit that a Hub id resolved to, None for local files.
 
     Raises:
@@ -121,11 +124,15 @@ class CheckpointDonor:
         revision: str | None = None,
         role: str = "donor",
         token: str | bool | None = None,
+        subfolder: str | None = None,
     ) -> None:
         self.name = os.fspath(source)
         self._token = token
         self.role = role
         self.revision: str | None = None
+        if subfolder:
+            source, self.revision = find_subfolder(source, subfolder, revision, role, token)
+        self.source = os.fspath(source)
         path = Path(source)
         if path.is_dir():
             refuse_adapter(path, role)
@@ -152,11 +159,11 @@ class CheckpointDonor:
     @cached_property
     def config_fields(self) -> dict[str, Any] | None:
         """Fields of the config.json beside the tensors; None where there is none, or it cannot be read."""
-        path = Path(self.name)
+        path = Path(self.source)
         if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
             return None
         try:
-            return PretrainedConfig.get_config_dict(self.name, revision=self.revision, token=self._token)[0]
+            return PretrainedConfig.get_config_dict(self.source, revision=self.revision, token=self._token)[0]
         except (OSError, ValueError):
             return None
 
@@ -195,10 +202,9 @@ class CheckpointDonor:
         if not plain or not shards:
             raise DonorError(f"{str(index)!r} must map tensors to the names of files beside it, got {shards[:3]!r}.")
         # All from the commit of the index, even if the branch moves meanwhile.
-        fetched = (
-            None if self.revision is None else _download_all(self.name, shards, self.revision, self.role, self._token)
-        )
-        folder = fetched or index.parent
+        folder = index.parent
+        if self.revision is not None and self.source == self.name:  # a subfolder has been fetched as a whole
+            folder = _download_all(self.name, shards, self.revision, self.role, self._token)
         for shard in shards:
             if not (folder / shard).is_file():
                 raise DonorError(
@@ -299,7 +305,10 @@ class ZerosDonor:
 
 
 def open_donor(
-    donor: str | os.PathLike[str] | nn.Module | Donor, revision: str | None = None, token: str | bool | None = None
+    donor: str | os.PathLike[str] | nn.Module | Donor,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Donor:
     """Open a donor in any of the forms that a user may give it in.
 
@@ -307,6 +316,7 @@ def open_donor(
         donor: A directory, a file, a Hub id, `"zeros"`, a model in memory, or a `Donor`, which is returned as it is.
         revision: Branch, tag or commit, where `donor` is a Hub id.
         token: Token for the Hub.
+        subfolder: Folder of the checkpoint in a directory or repository.
 
     Returns:
         The donor. Files have had their headers read and nothing else.
@@ -319,13 +329,64 @@ def open_donor(
     if isinstance(donor, nn.Module):
         return ModuleDonor(donor)
     if isinstance(donor, str | os.PathLike):
-        return CheckpointDonor(donor, revision, token=token)
+        return CheckpointDonor(donor, revision, token=token, subfolder=subfolder)
     if isinstance(donor, Donor):
         return donor
     raise DonorError(
         f"donor must be a directory, a Hub id, 'zeros' or a torch.nn.Module, got {type(donor).__name__}. "
         "A state dict can be saved with safetensors.torch.save_file and given by its path."
     )
+
+
+def find_subfolder(
+    source: str | os.PathLike[str],
+    subfolder: str,
+    revision: str | None = None,
+    role: str = "donor",
+    token: str | bool | None = None,
+) -> tuple[Path, str | None]:
+    """Find a checkpoint in a folder of a directory or of a repository of the Hub, as pipelines of diffusers have it.
+
+    Args:
+        source: Directory or Hub id.
+        subfolder: Path of the folder in it, with `/` between its parts.
+        revision: Branch, tag or commit of a Hub id.
+        role: Name of the model in errors.
+        token: Token for the Hub.
+
+    Returns:
+        The folder on this machine, and the commit of a Hub id.
+
+    Raises:
+        DonorError: There is no such folder, or it points out of the directory.
+    """
+    root, commit = Path(source), None
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise DonorError(f"subfolder must be a folder of the {role}, got {subfolder!r}. Give a relative path.")
+    if not root.is_dir():
+        if root.is_file() or isinstance(source, os.PathLike) or root.is_absolute():
+            raise DonorError(
+                f"{role} must be a directory or a Hub id to have the subfolder {subfolder!r}, got "
+                f"{os.fspath(source)!r}. Check the path."
+            )
+        names = [
+            f"{glob.escape(subfolder)}/{name}" for name in ("*.json", *_WEIGHTS, f"*-of-{'[0-9]' * 5}.safetensors")
+        ]
+        try:
+            root = Path(snapshot_download(os.fspath(source), revision=revision, allow_patterns=names, token=token))
+        except LocalEntryNotFoundError as error:
+            raise _unreachable(os.fspath(source), role) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise _no_repository(os.fspath(source), revision, role, error) from error
+        commit = root.name
+    folder = root / subfolder
+    if not folder.is_dir():
+        found = sorted(each.name for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+        raise DonorError(
+            f"{role} must have the subfolder {subfolder!r}, got {found[:MAX_LISTED] or 'no folders with weights'} in "
+            f"{os.fspath(source)!r}. Check its name."
+        )
+    return folder, commit
 
 
 def refuse_adapter(directory: Path, role: str, name: str | None = None) -> None:
@@ -409,7 +470,7 @@ def _find_in_directory(path: Path, role: str) -> Path:
             f"{WEIGHTS_FILE} is read, as transformers does; delete the one that is left over from another save.",
             stacklevel=2,
         )
-    for name in (WEIGHTS_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_INDEX_FILE):
+    for name in _WEIGHTS:
         if (path / name).is_file():
             return path / name
     files = sorted(file.name for file in path.iterdir())
@@ -423,7 +484,7 @@ def _find_in_directory(path: Path, role: str) -> Path:
 
 
 def _find_on_hub(repo: str, revision: str | None, role: str, token: str | bool | None = None) -> Path:
-    for name in (WEIGHTS_FILE, INDEX_FILE):
+    for name in _WEIGHTS:
         path = _download(repo, name, revision, role, token)
         if path is not None:
             return path
@@ -442,17 +503,14 @@ def _download(repo: str, name: str, revision: str | None, role: str, token: str 
     try:
         return Path(hf_hub_download(repo, name, revision=revision, token=token))
     except LocalEntryNotFoundError as error:
-        # Neither reached nor cached, but the repository may keep its weights under the other name.
-        if name == WEIGHTS_FILE:
+        # Neither reached nor cached, but the repository may keep its weights under another name.
+        if name != _WEIGHTS[-1]:
             return None
         raise _unreachable(repo, role) from error
     except EntryNotFoundError:
         return None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise DonorError(
-            f"{role} must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
-        ) from error
+        raise _no_repository(repo, revision, role, error) from error
 
 
 def _download_all(repo: str, names: list[str], commit: str, role: str, token: str | bool | None) -> Path:
@@ -462,6 +520,13 @@ def _download_all(repo: str, names: list[str], commit: str, role: str, token: st
         return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, token=token))
     except LocalEntryNotFoundError as error:
         raise _unreachable(repo, role) from error
+
+
+def _no_repository(repo: str, revision: str | None, role: str, error: Exception) -> DonorError:
+    at = f" at revision {revision!r}" if revision else ""
+    return DonorError(
+        f"{role} must be a directory or the id of a Hub repository that you can read, got {repo!r}{at}. {error}"
+    )
 
 
 def _unreachable(repo: str, role: str) -> DonorError:

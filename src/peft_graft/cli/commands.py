@@ -253,6 +253,8 @@ def _add_base_and_donor(parser: argparse.ArgumentParser, more: str = "") -> None
     parser.add_argument("donor", metavar="DONOR", help=f"directory or Hub id of the fine-tuned checkpoint{more}")
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a base on the Hub")
     parser.add_argument("--donor-revision", metavar="REV", help="branch, tag or commit of a donor on the Hub")
+    parser.add_argument("--base-subfolder", metavar="DIR", help="folder in BASE that holds its checkpoint")
+    parser.add_argument("--donor-subfolder", metavar="DIR", help="folder in DONOR that holds its checkpoint")
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:

@@ -93,7 +93,7 @@ class PatchBuilder:
     def open_donor(self, adapter_name: str, token: str | bool | None = None) -> Donor:
         """Open an adapter's donor, and put it on record."""
         config = self.peft_config[adapter_name]
-        donor = open_donor(config.donor, config.donor_revision, token)
+        donor = open_donor(config.donor, config.donor_revision, token, config.donor_subfolder)
         # Commits, where base and donor came from the Hub: a branch may move.
         config.revision = cached_commit(config.base_model_name_or_path, config.revision)
         config.donor_revision = getattr(donor, "revision", None) or config.donor_revision
@@ -132,9 +132,8 @@ class PatchBuilder:
         """Take modules whole that the base's files do not hold, as far as there are files and a donor in them."""
         files = None if config.donor == ZerosDonor.name else find_base_files(model)
         if files is not None and any(find_new_tensors(model, files)):
-            carry_new_modules(
-                config, model, files, _in_names_of(model, open_donor(config.donor, config.donor_revision))
-            )
+            donor = open_donor(config.donor, config.donor_revision, subfolder=config.donor_subfolder)
+            carry_new_modules(config, model, files, _in_names_of(model, donor))
 
     def _graft(self, adapter_name: str) -> None:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)

@@ -28,6 +28,7 @@ class GraftRecord:
     """Results that the package records in a config, so that a saved adapter is self-contained.
 
     Args:
+        base_subfolder: Folder of the base's directory or repository that holds its checkpoint.
         base_model_type: Type of the base in transformers, such as `"bert"`.
         eligible: Number of entries that the budget is a share of.
         entries: Number of entries taken from the donor.
@@ -36,6 +37,7 @@ class GraftRecord:
         provenance: How the patch was made: versions of the packages, or the adapters that it combines.
     """
 
+    base_subfolder: str | None = None
     base_model_type: str | None = None
     eligible: int | None = None
     entries: int | None = None
@@ -53,6 +55,7 @@ class GraftConfig(PeftConfig):
             memory, or `"zeros"` (the mask says which base entries become 0, arXiv 2004.14129). Not needed to load a
             saved adapter.
         donor_revision: Revision of a donor on the Hub.
+        donor_subfolder: Folder of the donor's directory or repository that holds the checkpoint, such as `"unet"`.
         density: Share of the eligible entries to take from the donor, in (0, 1].
         num_params: The same as an integer; mutually exclusive with `density`.
         selection: Rule that scores the entries: see `peft_graft.RULES`.
@@ -84,6 +87,7 @@ class GraftConfig(PeftConfig):
         default=None, metadata={"help": "Fine-tuned checkpoint: a directory, a Hub id, a module, or 'zeros'."}
     )
     donor_revision: str | None = field(default=None, metadata={"help": "Revision of a donor on the Hub."})
+    donor_subfolder: str | None = field(default=None, metadata={"help": "Folder of the donor's checkpoint."})
     density: float | None = field(default=None, metadata={"help": "Share of the eligible entries, in (0, 1]."})
     num_params: int | None = field(default=None, metadata={"help": "The number of entries, instead of density."})
     selection: str = field(default="magnitude", metadata={"help": f"Rule for the entries, one of {sorted(RULES)}."})

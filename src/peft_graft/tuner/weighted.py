@@ -17,7 +17,13 @@ from .modules_to_save import choose_modules
 from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
-_ORIGIN = ("donor", "donor_revision", "selection", "alpha")  # fields of a source that the new graft records
+_ORIGIN = (
+    "donor",
+    "donor_revision",
+    "donor_subfolder",
+    "selection",
+    "alpha",
+)  # fields of a source that the new graft records
 
 
 def read_patch(tuner: PatchBuilder, adapter_name: str, with_alpha: bool) -> Patch:
@@ -83,8 +89,10 @@ def combine(
     config = _config(tuner, adapters, patch)
     fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
     records = [record for name in adapters if (record := tuner.peft_config[name].record)]
+    first = tuner.peft_config[adapters[0]].record
     config.note(
         fingerprint=fingerprint.to_dict(),
+        base_subfolder=first.base_subfolder if first else None,
         hub_ids={name: found for record in records for name, found in (record.hub_ids or {}).items()},
         provenance={
             "combination_type": combination_type,

@@ -57,6 +57,7 @@ class AdapterOnBase:
         num_labels: Number of classes of the task head, None if there is no head that shows it.
         base: Directory or Hub id of the base.
         base_revision: Revision of the base.
+        source: Directory or Hub id of its checkpoint: a subfolder of `base`, where the adapter names one.
         model: The base's model without values (on the meta device).
         view: The base's files under the names of `model`.
 
@@ -88,7 +89,9 @@ class AdapterOnBase:
                 "Pass the directory or Hub id of the model that the adapter was made for."
             )
         self.base, self.base_revision = os.fspath(base), base_revision
-        files = _open_base(base, base_revision, is_given, token)
+        subfolder = self.config.record.base_subfolder if self.config.record and not is_given else None
+        files = _open_base(base, base_revision, is_given, token, subfolder)
+        self.source = files.source
         self.model = self.build_model()
         self.view = RenamedCheckpoint(files, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -101,14 +104,18 @@ class AdapterOnBase:
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
-        like = read_config(self.base, self.base_revision, self._token, self._trusts_code) if num_labels else None
+        like = read_config(self.source, self.base_revision, self._token, self._trusts_code) if num_labels else None
         if like is not None:
             like.num_labels = num_labels or 0
         auto_class = _auto_class(self.config)
-        return build_skeleton(self.base, self.base_revision, like, auto_class, self._token, self._trusts_code)
+        model = build_skeleton(self.source, self.base_revision, like, auto_class, self._token, self._trusts_code)
+        model.name_or_path = self.base  # what PEFT records
+        return model
 
     def download_base(self, allow_patterns: Sequence[str]) -> Path:
-        """Download files of a base on the Hub and return their directory."""
+        """Return the directory of the base, after downloading these files of a base on the Hub."""
+        if Path(self.source).is_dir():
+            return Path(self.source)
         patterns = list(allow_patterns)
         return Path(
             snapshot_download(self.base, revision=self.base_revision, allow_patterns=patterns, token=self._token)
@@ -188,10 +195,10 @@ class AdapterOnBase:
 
 
 def _open_base(
-    base: str | os.PathLike[str], revision: str | None, is_given: bool, token: str | bool | None
+    base: str | os.PathLike[str], revision: str | None, is_given: bool, token: str | bool | None, subfolder: str | None
 ) -> CheckpointDonor:
     try:
-        return CheckpointDonor(base, revision, role="base", token=token)
+        return CheckpointDonor(base, revision, "base", token, subfolder)
     except DonorError as error:
         if is_given:
             raise

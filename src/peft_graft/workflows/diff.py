@@ -136,6 +136,8 @@ def diff(
     *,
     base_revision: str | None = None,
     donor_revision: str | None = None,
+    base_subfolder: str | None = None,
+    donor_subfolder: str | None = None,
     token: str | bool | None = None,
     show_progress_bar: bool = False,
 ) -> DiffResult:
@@ -146,6 +148,8 @@ def diff(
         donor: The same of the other checkpoint. Names that differ by a prefix only (`bert.`) are matched.
         base_revision: Branch, tag or commit of a base on the Hub.
         donor_revision: Branch, tag or commit of a donor on the Hub.
+        base_subfolder: Folder of the base's directory or repository that holds its checkpoint, such as `"unet"`.
+        donor_subfolder: The same of the donor.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
         show_progress_bar: Show a progress bar of the bytes read.
 
@@ -155,8 +159,8 @@ def diff(
     Raises:
         DonorError: A checkpoint cannot be read, or the checkpoints have no tensor in common.
     """
-    ours = CheckpointDonor(base, base_revision, role="base", token=token)
-    theirs = CheckpointDonor(donor, donor_revision, token=token)
+    ours = CheckpointDonor(base, base_revision, role="base", token=token, subfolder=base_subfolder)
+    theirs = CheckpointDonor(donor, donor_revision, token=token, subfolder=donor_subfolder)
     names = _match_names(ours, theirs)
     result = DiffResult(
         only_in_base=sorted({*ours.names()} - names.keys()), only_in_donor=sorted({*theirs.names()} - {*names.values()})

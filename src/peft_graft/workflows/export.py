@@ -111,7 +111,9 @@ def export(
     inputs, writes_model = {"adapter": adapter, "base": base}, to == "checkpoint"
     check_output_dir(target, overwrite, inputs=inputs, writes_model=writes_model)
     graft = AdapterOnBase(adapter, base, base_revision, revision, token, trust_remote_code)
-    check_output_dir(target, overwrite, inputs={"base": graft.base}, writes_model=writes_model)
+    check_output_dir(
+        target, overwrite, inputs={"base": graft.base, "checkpoint": graft.source}, writes_model=writes_model
+    )
     with atomic_directory(target) as directory:
         done = EXPORTS[to].write(graft, directory, rank)
     done.directory = target
@@ -120,9 +122,7 @@ def export(
 
 def write_checkpoint(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResult:
     """Copy the base's files and write the patch into the copies; all other bits stay the base's."""
-    source = Path(graft.base)
-    if not source.is_dir():
-        source = graft.download_base([*_COMPANIONS, "*.safetensors"])
+    source = graft.download_base([*_COMPANIONS, "*.safetensors"])
     companions = {file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}
     for file in sorted(companions | {extent.path for extent in graft.view.all_extents().values()}):
         shutil.copyfile(file, directory / file.name)

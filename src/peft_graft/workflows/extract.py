@@ -96,6 +96,8 @@ def extract(
     seed: int = 0,
     base_revision: str | None = None,
     donor_revision: str | None = None,
+    base_subfolder: str | None = None,
+    donor_subfolder: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -128,6 +130,8 @@ def extract(
         seed: Seed of the rule `"random"`.
         base_revision: Branch, tag or commit of a base on the Hub.
         donor_revision: Branch, tag or commit of a donor on the Hub.
+        base_subfolder: Folder of the base's directory or repository that holds its checkpoint.
+        donor_subfolder: The same of the donor.
         token: Token for the Hub. Default: the token of `hf auth login`, or HF_TOKEN; False for none.
         trust_remote_code: Run the code that comes with a model that transformers does not know. Without it, such models
             are refused; nothing is asked on the terminal.
@@ -160,6 +164,7 @@ def extract(
     config = GraftConfig(
         donor=os.fspath(donor),
         donor_revision=donor_revision,
+        donor_subfolder=donor_subfolder,
         density=density,
         num_params=num_params,
         selection=selection,
@@ -175,7 +180,7 @@ def extract(
         **config_options,
     )
     _require_no_data(config, exact)
-    opened = _open(base, base_revision, config, token, trust_remote_code)
+    opened = _open(base, base_revision, base_subfolder, config, token, trust_remote_code)
     result = _write(opened, config, exact, target, show_progress_bar)
     _report(opened)
     return result
@@ -226,21 +231,28 @@ class _Opened(NamedTuple):
 def _open(
     base: str | os.PathLike[str],
     base_revision: str | None,
+    base_subfolder: str | None,
     config: GraftConfig,
     token: str | bool | None,
     trust_remote_code: bool,
 ) -> _Opened:
-    base_files = CheckpointDonor(base, base_revision, role="base", token=token)
-    donor_files = open_donor(config.donor, config.donor_revision, token)  # first: its errors name the donor
-    is_zeros = config.donor == ZerosDonor.name
-    like = None if is_zeros else read_config(config.donor, config.donor_revision, token, trust_remote_code)
-    model = build_skeleton(base, base_revision, like, token=token, trust_remote_code=trust_remote_code)
+    base_files = CheckpointDonor(base, base_revision, "base", token, base_subfolder)
+    # First, because its errors name the donor.
+    donor_files = open_donor(config.donor, config.donor_revision, token, config.donor_subfolder)
+    like = None
+    if isinstance(donor_files, CheckpointDonor):
+        like = read_config(donor_files.source, config.donor_revision, token, trust_remote_code)
+    options: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
+    model = build_skeleton(base_files.source, base_revision, like, **options)
+    model.name_or_path = base_files.name  # what PEFT records
     base_view = RenamedCheckpoint(base_files, model)
     config.task_type = config.task_type or task_of(model)
     name_modules(config, model, from_file=False)
     if isinstance(donor_files, CheckpointDonor):
         carry_new_modules(config, model, base_view, RenamedCheckpoint(donor_files, model))
-    config.note(fingerprint={})  # marks the adapter as a saved one, so that no patch is made now
+    config.note(
+        fingerprint={}, base_subfolder=base_subfolder
+    )  # marks the adapter as a saved one, so that no patch is made now
     peft_model = get_peft_model(model, config, revision=base_revision)
     tuner: GraftModel = peft_model.base_model
     donor = tuner.open_donor(_ADAPTER, token)
@@ -390,7 +402,8 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
             raise nothing_to_graft(opened.donor, selector.eligible)
         _install(opened.peft_model, packed, selector.eligible, exact)
         carry_card(target, directory)
-        opened.peft_model.save_pretrained(directory)
+        # Rows of embeddings travel as any other; PEFT would look for the base's config.json to tell.
+        opened.peft_model.save_pretrained(directory, save_embedding_layers=False)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     if note := capped_note(budget, selector.wanted, packed.entries, selector.eligible):
         _LOG.warning(note)

@@ -22,10 +22,12 @@ from ..patch.patch import PatchError, parse_file_key
 ORIGIN_FIELDS = (
     "base_model_name_or_path",
     "revision",
+    "base_subfolder",
     "base_model_type",
     "task_type",
     "donor",
     "donor_revision",
+    "donor_subfolder",
     "selection",
     "budget_scope",
     "granularity",

@@ -108,7 +108,7 @@ def stitch(
     config.note(provenance={**(config.record.provenance or {}), "modules_to_save_from": chosen})
     with atomic_directory(target, last=CONFIG_NAME) as directory:
         carry_card(target, directory)
-        model.save_pretrained(directory, selected_adapters=[_ADAPTER])
+        model.save_pretrained(directory, selected_adapters=[_ADAPTER], save_embedding_layers=False)
         nbytes = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return StitchResult(target, config.record.entries or 0, (config.record.provenance or {})["conflicts"], nbytes)
 

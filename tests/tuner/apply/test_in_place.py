@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,6 +244,17 @@ def test_a_patch_that_expects_other_values_of_the_base_is_not_written() -> None:
     assert weight.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_writing_takes_time_in_proportion_to_the_patch(dtype: torch.dtype) -> None:
+    """Some of torch's functions take quadratic time for 16 bits: minutes, for this one."""
+    weight = torch.zeros(400_000, dtype=dtype)
+    patch = ResolvedTensor("one", torch.arange(400_000), torch.ones(400_000, dtype=dtype))
+    began = time.process_time()
+    with written(weight, patch):
+        assert weight.sum(dtype=torch.float64) == 400_000
+    assert not weight.any() and time.process_time() - began < 10
+
+
 def test_a_lease_that_nobody_holds_is_released() -> None:
     weight = torch.arange(4.0)
     lease = PatchLease()
@@ -336,7 +348,7 @@ class CountWrites(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.Tensor.scatter_
+        self.count += func in (torch.Tensor.scatter_, torch.Tensor.index_copy_)
         return func(*args, **(kwargs or {}))
 
 

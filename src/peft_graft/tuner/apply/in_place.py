@@ -58,17 +58,24 @@ class AppliedPatch:
             if expected is not None and not torch.equal(before, expected):
                 return False
             self.before = before  # before the write, so that an interrupt in between does no harm
-            self.flat.scatter_(0, indices, values)  # half the time of `index_copy_`
+            _put_flat(self.flat, indices, values)
         return True
 
     def restore(self) -> None:
         """Put the base's bits back; also into the parameter's new storage, if a hook has moved the model meanwhile."""
         if self.before is None:
             return
-        self.flat.scatter_(0, self.patch.indices, self.before)
+        _put_flat(self.flat, self.patch.indices, self.before)
         if self.parameter.data_ptr() != self.address:
             moved = self.parameter.data
             overwrite(moved, self.patch.indices.to(moved.device), self.before.to(moved))
+
+
+def _put_flat(flat: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    if flat.dtype is torch.float32:
+        flat.scatter_(0, indices, values)  # half the time of `index_copy_`; for 16 bits, its time is quadratic
+    else:
+        flat.index_copy_(0, indices, values)
 
 
 _applied: dict[int, AppliedPatch] = {}  # by address, so that tied parameters share one
@@ -225,7 +232,7 @@ def overwrite(parameter: torch.Tensor, indices: torch.Tensor, values: torch.Tens
         return before
     flat = data.view(-1)
     before = flat.index_select(0, indices)
-    flat.scatter_(0, indices, values)
+    _put_flat(flat, indices, values)
     return before
 
 

@@ -116,6 +116,9 @@ class GraftArguments:
     data_name: str | None = field(
         default=None, metadata={"help": "Name of the data in the card, such as SST-2. Default: the names of the files."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with a model which transformers lacks."}
+    )
     output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
 
 
@@ -131,12 +134,13 @@ def named(source: str, args: GraftArguments) -> str:
     return f"{args.data_name} ({Path(source).name})" if args.data_name else source
 
 
-def load_classifier(role: str, source: str) -> PreTrainedModel:
+def load_classifier(role: str, source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a sequence classifier, but not one whose head would be random.
 
     Args:
         role: `"base"` or `"donor"`, for the message.
         source: Directory or Hub id.
+        trust_remote_code: Whether to run code that comes with the checkpoint; without it, nothing is asked.
 
     Returns:
         The model.
@@ -144,7 +148,9 @@ def load_classifier(role: str, source: str) -> PreTrainedModel:
     Raises:
         ValueError: The checkpoint lacks tensors of the model.
     """
-    model, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -275,8 +281,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
         args.base, args.donor = (str(path) for path in own_donor(args))
         args.skip_train_samples += DONOR_ROWS
     skip = args.skip_train_samples
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    base = load_classifier("base", args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=args.trust_remote_code)
+    base = load_classifier("base", args.base, args.trust_remote_code)
     names = [base.config.id2label[index] for index in range(base.config.num_labels)]
     options: dict[str, Any] = {"text_columns": args.text_columns, "label_column": args.label_column}
     embedded = args.train == tasks.DOCSTRINGS
@@ -297,7 +303,7 @@ def run(args: GraftArguments) -> dict[str, Any]:
     base.to(state.device).eval()
     logits, labels = tasks.predict(base, test, tokenizer)
     scores = {"base": tasks.measure(logits, labels)}
-    donor = load_classifier("donor", args.donor).to(state.device).eval()
+    donor = load_classifier("donor", args.donor, args.trust_remote_code).to(state.device).eval()
     donor_logits, _ = tasks.predict(donor, test, tokenizer)
     scores["donor"] = tasks.measure(donor_logits, labels)
     del donor

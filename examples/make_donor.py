@@ -107,6 +107,9 @@ class DonorArguments:
         metadata={"choices": DTYPES, "help": "dtype of the saved weights; training is in float32."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the choice of rows, their order, and dropout."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with a model which transformers lacks."}
+    )
     output_dir: str = field(default="donor_out", metadata={"help": "Directory for base/, donor/ and metrics.json."})
 
 
@@ -247,7 +250,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
     )
 
     source = args.base or tasks.minilm_dir()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     train, validation = (tasks.tokenize(rows, tokenizer, args.max_length) for rows in (train, validation))
     model = AutoModelForSequenceClassification.from_pretrained(
         source,
@@ -255,6 +258,7 @@ def make_donor(args: DonorArguments) -> dict[str, Any]:
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         dtype=dtype,
+        trust_remote_code=args.trust_remote_code,
     )
     model.float().to(state.device)
     model.config.pad_token_id = tasks.collator(tokenizer).tokenizer.pad_token_id

@@ -135,7 +135,7 @@ def kinds(out: Path) -> dict[str, Any]:
                 optimizer.zero_grad()
         plain = accelerator.unwrap_model(model)
         sharded = sum(is_sharded(parameter) for parameter in plain.parameters())
-        fit = fit_alpha(model, halves, scope="tensor", show_progress_bar=False)
+        fit = fit_alpha(model, halves, alpha_scope="tensor", show_progress_bar=False)
         plain.save_pretrained(out / name, is_main_process=accelerator.is_main_process)
         found[name] = {"alpha": fit.alpha, "loss": fit.loss, "sharded": sharded}
         AcceleratorState._reset_state()

@@ -114,7 +114,7 @@ def test_one_alpha_per_tensor_is_at_least_as_good(selection: str) -> None:
     batches = regression()
     single = quiet(model, batches)
     model.peft_config["default"].alpha = 1.0
-    each = quiet(model, batches, scope="tensor")
+    each = quiet(model, batches, alpha_scope="tensor")
     assert each.loss < single.loss <= single.loss_at_one == each.loss_at_one
     assert isinstance(each.alpha, dict) and set(each.alpha) == set(held(model))
     assert len(set(each.alpha.values())) > 1
@@ -149,7 +149,7 @@ def test_fitting_touches_no_gradient_and_no_mode() -> None:
         parameter.grad = torch.ones_like(parameter)
     modes = [module.training for module in model.modules()]
     for scope in ("global", "tensor"):
-        quiet(model, [inputs(base)], scope=scope, loss_fn=lambda model, batch: model(**batch).loss)
+        quiet(model, [inputs(base)], alpha_scope=scope, loss_fn=lambda model, batch: model(**batch).loss)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in trained)
     assert [p for p in model.parameters() if p.grad is not None] == trained

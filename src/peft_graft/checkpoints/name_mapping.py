@@ -25,7 +25,7 @@ from ..peft_compat.transformers_names import (
     rename_source_key,
 )
 from .donor import CheckpointDonor, DonorError, Extent
-from .wrappers import look_through, plain_key, refuse_adapted
+from .wrappers import look_through, plain_name, refuse_adapted
 
 
 def model_class(
@@ -300,13 +300,6 @@ class RenamedCheckpoint:
                 f"which transformers converts while loading ({operations}; {len(bad)} such tensors). Leave them out "
                 "with exclude_modules, or load both models and use get_peft_model(base, GraftConfig(donor=model, ...))."
             )
-
-
-def plain_name(key: str) -> str | None:
-    """Return the name that a tensor of a model has without adapters and wrappers; None for an adapter's own."""
-    if {"graft_patch", "modules_to_save"} & {*key.split(".")}:
-        return None
-    return plain_key(key).replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:

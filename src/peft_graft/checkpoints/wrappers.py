@@ -13,6 +13,9 @@ from .donor import Donor, DonorError
 # These stand before any submodule; the others only before the whole model, where they may also be a model's own names.
 _ANYWHERE = re.compile(rf"(?:^|(?<=\.))(?:{COMPILED}|{FSDP_WRAPPED})\.")
 _ROOTS = re.compile(r"(?:module|base_model\.model|submod_\d+)\.")
+GRAFTED_PARAMETERS = "grafted_parameters"  # must not begin with "graft_": PEFT would take it for adapter internals
+_ADAPTER_PARTS = {"graft_patch", "modules_to_save", GRAFTED_PARAMETERS}
+_AROUND_MODULES = {COMPILED, FSDP_WRAPPED, "base_layer", "original_module"}
 # What PEFT adds to the names of a model that it has changed.
 _ADAPTED = re.compile(r"\.(?:base_layer|lora_[A-Za-z_]+|modules_to_save|original_module|graft_patch)\.")
 
@@ -20,6 +23,14 @@ _ADAPTED = re.compile(r"\.(?:base_layer|lora_[A-Za-z_]+|modules_to_save|original
 def plain_key(key: str) -> str:
     """Remove the names that torch.compile and FSDP add, anywhere in a module's or tensor's name."""
     return _ANYWHERE.sub("", key)
+
+
+def plain_name(key: str) -> str | None:
+    """Return the name that a module or tensor has without adapters and wrappers; None where an adapter owns it."""
+    parts = plain_key(key).split(".") if key else []
+    if _ADAPTER_PARTS & {*parts}:
+        return None
+    return ".".join(part for part in parts if part not in _AROUND_MODULES)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def fit_alpha(
     *,
     adapter_name: str = "default",
     loss_fn: LossFn = default_loss,
-    scope: str | None = None,
+    alpha_scope: str | None = None,
     show_progress_bar: bool = True,
 ) -> AlphaFit:
     """Fit the scale of a patch by the loss: argmin over alpha of L(base + alpha * mask * delta).
@@ -91,7 +91,7 @@ def fit_alpha(
         dataloader: Calibration batches with labels: neither the mask's training data nor test data.
         adapter_name: Name of the adapter; its config records the result.
         loss_fn: Mean loss of a batch; default `model(**batch).loss`.
-        scope: `"global"` or `"tensor"`; default the config's `alpha_scope`.
+        alpha_scope: `"global"` or `"tensor"`; default the config's.
         show_progress_bar: Show a progress bar.
 
     Returns:
@@ -111,7 +111,7 @@ def fit_alpha(
     with evaluating(model), tqdm(desc="fitting alpha", unit="pass", disable=not show_progress_bar, leave=False) as bar:
         try:
             fit = _fit_one(model, tuner, adapter_name, batches, loss_fn, bar)
-            if (scope or config.alpha_scope) == "tensor":
+            if (alpha_scope or config.alpha_scope) == "tensor":
                 fit = _fit_per_tensor(model, tuner, adapter_name, batches, loss_fn, fit, bar)
         finally:
             state.trial = None

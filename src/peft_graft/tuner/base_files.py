@@ -13,8 +13,8 @@ from torch import nn
 
 from ..adapter_files.hub_names import cached_commit, public_name
 from ..checkpoints.donor import INDEX_FILE, MAX_LISTED, WEIGHTS_FILE, CheckpointDonor, Donor, DonorError
-from ..checkpoints.name_mapping import RenamedCheckpoint, plain_name
-from ..checkpoints.wrappers import plain_key
+from ..checkpoints.name_mapping import RenamedCheckpoint
+from ..checkpoints.wrappers import plain_key, plain_name
 from .backends.sharded import is_sharded, whole_shape
 from .targets import is_left_alone, is_wrappable
 

@@ -14,17 +14,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.forward_config import read_donor_config
 from ..checkpoints.pairing import FLOAT_DTYPES, Donor, DonorError, ZerosDonor, bits_differ, find_names
-from ..peft_compat.torch_names import COMPILED as _COMPILED
+from ..checkpoints.wrappers import plain_name
 from ..peft_compat.transformers_names import is_ignored_on_load
 from .backends.offloaded import identity, own_names, real_parameter
 from .backends.sharded import whole
-from .parameter_hooks import CHILD_NAME
 
 _LOG = logging.getLogger(__name__)
 _LISTED = 5  # tensors that a line names at most
 _MODULES_LISTED = 12  # modules that a ready-made argument names at most
-_ADAPTER_PARTS = {"graft_patch", "modules_to_save", CHILD_NAME}
-_WRAPPER_PARTS = {_COMPILED, "base_layer", "original_module"}
 
 
 class BaseTensor(NamedTuple):
@@ -91,14 +88,6 @@ def _differ(base: torch.Tensor, donor: torch.Tensor) -> bool:
         return False
     # As the donor would be loaded beside this base.
     return bool(bits_differ(base, donor.to(base.device, base.dtype)).any())
-
-
-def plain_name(key: str) -> str | None:
-    """Return the name of a module or tensor in the unwrapped model; None where it belongs to an adapter."""
-    parts = key.split(".") if key else []
-    if _ADAPTER_PARTS & {*parts}:
-        return None
-    return ".".join(part for part in parts if part not in _WRAPPER_PARTS)
 
 
 def base_tensors(model: nn.Module) -> list[BaseTensor]:

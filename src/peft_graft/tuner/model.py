@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.pairing import Donor, DonorError
-from ..checkpoints.wrappers import plain_key
+from ..checkpoints.wrappers import GRAFTED_PARAMETERS, plain_key
 from ..patch.combine import conflicts
 from ..patch.patch import Patch, PatchError
 from ..peft_compat.peft_names import get_submodules
@@ -30,7 +30,7 @@ from .config import GraftConfig
 from .layer import GraftLayer, GraftLinear, own_parameters
 from .mask import GraftState, GraftStates
 from .modules_to_save import copy_modules, name_modules
-from .parameter_hooks import CHILD_NAME, ParameterHooks
+from .parameter_hooks import ParameterHooks
 from .quantized_layer import GraftQuantizedLinear
 from .state_dict import install_patch, pack, unpack
 from .targets import is_wrappable, refuse, resolve_targets
@@ -220,10 +220,10 @@ class GraftModel(PatchBuilder, BaseTuner):
             return target
         key = plain_key(key)
         if not is_wrappable(target):
-            hooks = getattr(target, CHILD_NAME, None)
+            hooks = getattr(target, GRAFTED_PARAMETERS, None)
             if hooks is None:
                 hooks = ParameterHooks(target, key, self.states)
-                target.add_module(CHILD_NAME, hooks)
+                target.add_module(GRAFTED_PARAMETERS, hooks)
             return hooks
         cls = GraftLinear if isinstance(target, nn.Linear | Conv1D) else GraftLayer
         layer = (GraftQuantizedLinear if quantized else cls)(target, key, self.states)

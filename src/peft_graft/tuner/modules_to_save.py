@@ -11,9 +11,9 @@ from torch import nn
 
 from ..adapter_files.task_types import task_names
 from ..checkpoints.pairing import Donor, DonorError, ZerosDonor, find_names, resolve_names, stream
-from ..checkpoints.wrappers import plain_key
+from ..checkpoints.wrappers import plain_key, plain_name
 from .backends.sharded import GATHER, is_sharded, whole_shape
-from .left_out import aliases_of, plain_name, tied_modules
+from .left_out import aliases_of, tied_modules
 
 if TYPE_CHECKING:
     from .config import GraftConfig

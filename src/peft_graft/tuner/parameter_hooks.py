@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.wrappers import GRAFTED_PARAMETERS
 from .apply.forward import patched
 from .backends.sharded import require_whole
 from .layer import GraftLayer
 from .mask import GraftStates
-
-CHILD_NAME = "grafted_parameters"  # must not contain the prefix "graft_": PEFT would take it for adapter internals
 
 
 class ParameterHooks(GraftLayer):
@@ -58,7 +57,7 @@ class ParameterHooks(GraftLayer):
         """Remove the hooks and this module from the parent."""
         for hook in self._hooks:
             hook.remove()
-        delattr(self.get_base_layer(), CHILD_NAME)
+        delattr(self.get_base_layer(), GRAFTED_PARAMETERS)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -12,7 +12,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..checkpoints.wrappers import plain_key
+from ..checkpoints.wrappers import GRAFTED_PARAMETERS, plain_key
 from ..peft_compat.peft_names import (
     check_target_module_exists,
     find_minimal_target_modules,
@@ -20,7 +20,6 @@ from ..peft_compat.peft_names import (
 )
 from .backends.quantized import find_backend
 from .layer import GraftLayer, own_parameters
-from .parameter_hooks import CHILD_NAME
 
 if TYPE_CHECKING:
     from .config import GraftConfig
@@ -116,7 +115,7 @@ def default_targets(
     units: list[str] = []
     for key, module in model.named_modules():
         inner = any(key.startswith(f"{unit}.") for unit in units)
-        if inner or key.endswith(CHILD_NAME):
+        if inner or key.endswith(GRAFTED_PARAMETERS):
             others.append(key)
             continue
         if isinstance(module, GraftLayer | AuxiliaryTrainingWrapper):

@@ -39,6 +39,7 @@ from ..checkpoints.pairing import (
     require_finite,
     resolve_names,
 )
+from ..checkpoints.wrappers import plain_name
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import Fingerprint, Patch, TensorPatch
 from ..peft_compat.transformers_names import modeling_auto
@@ -47,7 +48,7 @@ from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
 from ..tuner.base_files import carry_new_modules, warn_of_rows
-from ..tuner.left_out import aliases_of, base_tensors, plain_name, report_left_out, require_nothing_more
+from ..tuner.left_out import aliases_of, base_tensors, report_left_out, require_nothing_more
 from ..tuner.modules_to_save import donor_names_of_module, fill_modules, name_modules, names_to_save
 
 _LOG = logging.getLogger(__name__)

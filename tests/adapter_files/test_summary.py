@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from adapter_cards import METRICS, save
 from peft_graft import PatchError
 from peft_graft.adapter_files.summary import SavedAdapter, current_fields, fetch_adapter, read_saved
+from peft_graft.checkpoints.donor import CheckpointDonor
 from peft_graft.patch.patch import Patch
 from peft_graft.workflows.push import write_card
 
@@ -44,8 +45,7 @@ def test_the_facts_are_those_of_the_files(tmp_path: Path) -> None:
 def test_a_mask_in_training_is_seen(tmp_path: Path) -> None:
     save(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
-    name = next(key for key in state if key.endswith("_values")).removesuffix("_values")
-    save_file({**state, f"{name}_logits": torch.ones(3)}, tmp_path / WEIGHTS)
+    save_file({**state, "base_model.model.x.graft_patch.weight_logits": torch.ones(3)}, tmp_path / WEIGHTS)
     assert read(tmp_path).in_training
 
 
@@ -68,11 +68,12 @@ def test_the_values_are_read_once_and_not_before_they_are_needed(tmp_path: Path)
     saved = read(tmp_path)
     first = saved.content_hash, saved.load_patch()
     weights = (tmp_path / WEIGHTS).read_bytes()
+    packed = CheckpointDonor(tmp_path / WEIGHTS, role="adapter").extent("base_model.model.graft_patch.packed")
     (tmp_path / WEIGHTS).unlink()
     assert (saved.content_hash, saved.load_patch()) == first
-    header = int.from_bytes(weights[:8], "little") + 8
-    (tmp_path / WEIGHTS).write_bytes(weights[:header] + b"\xff" * (len(weights) - header))
-    damaged = read(tmp_path)  # which looks at the header alone
+    size = packed.shape[0]
+    (tmp_path / WEIGHTS).write_bytes(weights[: packed.offset] + b"\xff" * size + weights[packed.offset + size :])
+    damaged = read(tmp_path)  # which looks at the header and the table alone
     assert damaged.counts == saved.counts
     with pytest.raises(PatchError):
         damaged.load_patch()

@@ -87,7 +87,7 @@ def test_an_inspection_shows_facts_bytes_and_places(capsys: pytest.CaptureFixtur
             entries=100,
             eligible=2000,
             tensors=2,
-            dtypes={"bfloat16": 2},
+            values={"bfloat16": 2},
             codecs={"Rice": 1, "run": 1},
             place=locate({name: torch.empty(count, device="meta") for name, count in counts.items()}),
             origin={"density": 0.05, "donor": None},

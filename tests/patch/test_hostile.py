@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from peft_graft.patch.index_codec import encode_indices
-from peft_graft.patch.patch import Patch, PatchError, TensorPatch
+from peft_graft.patch.patch import CodedTensor, Patch, PatchError, TensorPatch, file_key
+from peft_graft.patch.value_codes import VALUE_CODES, encode_values
 
 SHAPES = {
     "l.weight": (3, 4),
@@ -51,9 +52,18 @@ def seeds() -> list[bytes]:
         "runs.weight": TensorPatch(runs, torch.randn(160, generator=generator).half()),
         "far.weight": TensorPatch(far, torch.randn(30, generator=generator).double()),
     }
-    files = [save(Patch(parts).to_tensors()), save(Patch({}).to_tensors())]
-    files += [save(Patch({name: part}).to_tensors()) for name, part in parts.items()]
-    return files
+    coded = {
+        name: encode_values(part.indices, part.values, torch.zeros(part.count), VALUE_CODES[code])[0]
+        for (name, part), code in zip(parts.items(), ("sign", "int4", "int8", "int4", "sign"), strict=True)
+    }
+    patches = [Patch(parts), Patch(coded), Patch({}), *(Patch({name: part}) for name, part in (parts | coded).items())]
+    files = [save(patch.to_tensors()) for patch in patches]
+    apart = {}  # as version 1 wrote them
+    for name, part in parts.items():
+        module, _, param = name.rpartition(".")
+        apart[file_key(module, param, "indices")] = encode_indices(part.indices)
+        apart[file_key(module, param, "values")] = part.values
+    return [*files, save(apart)]
 
 
 def mutated(good: bytes, source: random.Random) -> bytes:
@@ -100,14 +110,18 @@ def outcome(path: Path, shapes: dict[str, tuple[int, ...]] | None) -> str:
         indices = part.indices
         ordered = bool((indices[1:] > indices[:-1]).all())
         inside = indices.numel() == 0 or (int(indices[0]) >= 0 and int(indices[-1]) < numel)
+        plain = part.decode(torch.zeros(numel)) if isinstance(part, CodedTensor) and numel < 1 << 21 else part
+        sound = not isinstance(plain, TensorPatch) or bool(plain.values.isfinite().all())
         module, _, param = name.rpartition(".")
         keys = [f"{prefix}{module}{'.' if module else ''}graft_patch.{param}" for prefix in ("", "base_model.model.")]
-        key = next(key for key in keys if f"{key}_values" in stored)
-        raw = stored[f"{key}_values"]
-        written = raw if raw.dim() == 1 else raw.new_zeros(raw.shape[0])
-        if not (ordered and inside and bool(part.values.isfinite().all()) and torch.equal(part.values, written)):
+        for raw in (stored[f"{key}_values"] for key in keys if f"{key}_values" in stored):
+            sound = sound and torch.equal(plain.values, raw if raw.dim() == 1 else raw.new_zeros(raw.shape[0]))
+        if not (ordered and inside and sound):
             raise ValueError(f"{name} was loaded to something else than the file says")
-    again = Patch.from_tensors(patch.to_tensors(), shapes)
+    written = patch.to_tensors()
+    again = Patch.from_tensors(written, shapes)
+    if any(not torch.equal(tensor, again.to_tensors()[key]) for key, tensor in written.items()):
+        raise ValueError("what was written is not what it was read as")
     if any(not torch.equal(again.tensors[name].indices, part.indices) for name, part in patch.tensors.items()):
         raise ValueError("what was loaded does not survive being written")
     return "loaded"
@@ -205,6 +219,50 @@ def test_the_corpus_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=message):
         Patch.load(path, SHAPES)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# (what is wrong, the table, the packed bytes, part of the error)
+TABLES = {
+    "no JSON": (b"{", b"", "JSON that names everything once"),
+    "no UTF-8": (b"\xff\xfe\xfd", b"", "JSON that names everything once"),
+    "deep nesting": (b"[" * 100_000, b"", "JSON that names everything once"),
+    "a list": (b"[]", b"", "an object of JSON"),
+    "an unknown code": (b'{"F8":{}}', b"", "code of values must be one of"),
+    "a code without rows": (b'{"F32":3}', b"", "an object of JSON"),
+    "a name twice": (b'{"F32":{"l.bias":[1,2],"l.bias":[1,2]}}', b"", "names everything once"),
+    "a code twice": (b'{"F32":{},"F32":{}}', b"", "names everything once"),
+    "a tensor in two codes": (b'{"F32":{"l.bias":[1,2]},"F16":{"l.bias":[1,2]}}', b"", "given once.*'l.bias'"),
+    "numbers without a star": (b'{"F32":{"l.bias":{"0":[1,2]}}}', b"", "one with a star"),
+    "a short row": (b'{"F32":{"l.bias":[1]}}', b"", "2 whole numbers.*'l.bias'"),
+    "a fraction": (b'{"F32":{"l.bias":[1.0,2]}}', b"", "2 whole numbers.*'l.bias'"),
+    "a truth": (b'{"F32":{"l.bias":[true,2]}}', b"", "2 whole numbers.*'l.bias'"),
+    "a negative number": (b'{"F32":{"l.bias":[-1,2]}}', b"", "numbers in .*'l.bias'"),
+    "a huge number": (b'{"F32":{"l.bias":[1,' + b"9" * 5000 + b"]}}", b"", "names everything once|numbers in"),
+    "more entries than bytes": (b'{"sign":{"l.bias":[281474976710656,2]}}', bytes(6), "packed bytes must be uint8"),
+    "bytes left over": (b'{"F32":{"l.bias":[1,2]}}', bytes(7), "packed bytes must be uint8"),
+    "bits left over": (b'{"sign":{"l.bias":[1,2]}}', b"\0\0" + bytes(4) + b"\xc0", "bits after the levels.*'l.bias'"),
+    "half a byte left over": (b'{"int4":{"l.bias":[1,2]}}', b"\0\0" + bytes(4) + b"\x11", "bits after the levels"),
+    "a level too low": (b'{"int8":{"l.bias":[1,2]}}', b"\0\0" + bytes(4) + b"\x80", "levels must be those of 'int8'"),
+    "a negative scale": (b'{"sign":{"l.bias":[1,2]}}', b"\0\0" + b"\0\0\x80\xbf" + b"\0", "finite and not negative"),
+    "an infinite scale": (b'{"sign":{"l.bias":[1,2]}}', b"\0\0" + b"\0\0\x80\x7f" + b"\0", "finite and not negative"),
+    "a path": (b'{"F32":{"../../etc":[1,2]}}', bytes(6), "one that the base has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_hostile_tables_are_refused(case: str, tmp_path: Path) -> None:
+    table, packed, message = TABLES[case]
+    found = {"table": table, "packed": packed}
+    state = {f"graft_patch.{kind}": torch.tensor(list(data), dtype=torch.uint8) for kind, data in found.items()}
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(save(state))
+    with pytest.raises(PatchError, match=message):
+        Patch.load(path, SHAPES)
+
+
+def test_half_a_packed_patch_is_refused() -> None:
+    with pytest.raises(PatchError, match=r"given as table and packed, got only \['table'\]"):
+        Patch.from_tensors({"graft_patch.table": torch.tensor([123, 125], dtype=torch.uint8)})
 
 
 HEADERS = {

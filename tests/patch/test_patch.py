@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from old_patches import to_old_tensors
+from peft_graft.patch.index_codec import encode_indices
 from peft_graft.patch.patch import Patch, PatchError, TensorPatch, file_key, parse_file_key
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -56,6 +58,10 @@ def make_patch(dtype: torch.dtype = torch.bfloat16) -> Patch:
     )
 
 
+def as_bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 def check_same(one: Patch, other: Patch) -> None:
     assert one.tensors.keys() == other.tensors.keys()
     for name, part in one.tensors.items():
@@ -79,6 +85,18 @@ class TestPatch:
     def test_file_holds_what_the_format_says(self, tmp_path: Path) -> None:
         make_patch().save(tmp_path / "patch.safetensors")
         state = load_file(tmp_path / "patch.safetensors")
+        table = b'{"BF16":{"layer.*.bias":{"0":[3,2]},"layer.*.weight":{"0":[4,4]},"scale":[1,3]}}'
+        # in order of the names; the coded indices, then the values
+        packed = "0000803f00404040" + "01006120003f80bf00400000" + "0085010080"
+        assert {key: (bytes(tensor.tolist()), tensor.dtype) for key, tensor in state.items()} == {
+            "graft_patch.table": (table, torch.uint8),
+            "graft_patch.packed": (bytes.fromhex(packed), torch.uint8),
+        }
+        assert make_patch().nbytes == len(table) + len(packed) // 2
+
+    def test_files_of_version_1_are_read(self) -> None:
+        patch = make_patch()
+        state = to_old_tensors(patch)
         assert {key: (bytes(t.view(torch.uint8).tolist()).hex(), t.dtype) for key, t in state.items()} == {
             "layer.0.graft_patch.weight_indices": ("01006120", torch.uint8),
             "layer.0.graft_patch.weight_values": ("003f80bf00400000", torch.bfloat16),
@@ -87,7 +105,7 @@ class TestPatch:
             "graft_patch.scale_indices": ("008501", torch.uint8),
             "graft_patch.scale_values": ("0080", torch.bfloat16),
         }
-        assert make_patch().nbytes == 4 + 8 + 2 + 6 + 3 + 2
+        check_same(patch, Patch.from_tensors(state, patch.shapes))
 
     def test_reads_an_adapter_file(self) -> None:
         patch = make_patch()
@@ -100,17 +118,23 @@ class TestPatch:
     def test_zeros_store_no_values(self) -> None:
         indices = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:500].sort().values
         patch = Patch({"m.weight": TensorPatch(indices, torch.zeros(500))})
-        state = patch.to_tensors()
-        assert state["m.graft_patch.weight_values"].shape == (500, 0)
-        assert patch.nbytes == state["m.graft_patch.weight_indices"].nbytes
-        check_same(patch, Patch.from_tensors(state))
+        for state in (patch.to_tensors(), to_old_tensors(patch)):
+            assert sum(tensor.nbytes for tensor in state.values()) < encode_indices(indices).numel() + 50
+            check_same(patch, Patch.from_tensors(state))
 
     def test_zeros_of_a_whole_tensor_are_stored(self) -> None:
         patch = Patch({"m.weight": TensorPatch(torch.arange(500), torch.zeros(500))})
-        assert patch.to_tensors()["m.graft_patch.weight_values"].shape == (500,)
-        check_same(patch, Patch.from_tensors(patch.to_tensors()))
+        for state in (patch.to_tensors(), to_old_tensors(patch)):
+            assert sum(tensor.nbytes for tensor in state.values()) >= 2000
+            check_same(patch, Patch.from_tensors(state))
 
     def test_count_of_zeros_must_be_vouched_for(self) -> None:
+        packed = {
+            "graft_patch.table": as_bytes(f'{{"zeros-F32":{{"m.weight":[{2**40},2]}}}}'),
+            "graft_patch.packed": torch.zeros(2, dtype=torch.uint8),
+        }
+        with pytest.raises(PatchError, match="number of zeros must be at most 16.*'m.weight'"):
+            Patch.from_tensors(packed)
         state = {
             "m.graft_patch.weight_indices": torch.zeros(2, dtype=torch.uint8),
             "m.graft_patch.weight_values": torch.empty(2**40, 0),
@@ -162,16 +186,21 @@ class TestPatch:
 
     @pytest.mark.parametrize("kind", ["indices", "values"])
     def test_half_a_patch(self, kind: str) -> None:
-        state = make_patch().to_tensors()
+        state = to_old_tensors(make_patch())
         del state[f"layer.0.graft_patch.weight_{kind}"]
         with pytest.raises(PatchError, match="given by indices and values.*'layer.0.weight'"):
             Patch.from_tensors(state)
 
     def test_one_tensor_twice(self) -> None:
-        state = make_patch().to_tensors()
-        state["base_model.model.graft_patch.scale_values"] = torch.ones(1)
+        state = to_old_tensors(make_patch())
+        twice = {**state, "base_model.model.graft_patch.scale_values": torch.ones(1)}
         with pytest.raises(PatchError, match="values must be given once.*'scale'"):
-            Patch.from_tensors(state)
+            Patch.from_tensors(twice)
+        with pytest.raises(PatchError, match="patched tensor must be given once.*also a row of the table in 'scale'"):
+            Patch.from_tensors({**state, **make_patch().to_tensors()})
+        packed = make_patch().to_tensors()
+        with pytest.raises(PatchError, match="table must be given once.*a second time"):
+            Patch.from_tensors({**packed, "base_model.model.graft_patch.table": packed["graft_patch.table"]})
 
     @pytest.mark.parametrize(
         ("kind", "tensor", "words"),
@@ -186,7 +215,7 @@ class TestPatch:
         ],
     )
     def test_malformed_tensors(self, kind: str, tensor: torch.Tensor, words: str) -> None:
-        state = {**make_patch().to_tensors(), f"layer.0.graft_patch.weight_{kind}": tensor}
+        state = {**to_old_tensors(make_patch()), f"layer.0.graft_patch.weight_{kind}": tensor}
         with pytest.raises(PatchError, match=f"{words}.*in 'layer.0.weight'"):
             Patch.from_tensors(state)
 
@@ -204,7 +233,8 @@ class TestPatch:
     def test_mutated_files_load_as_valid_or_are_refused(
         self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
     ) -> None:
-        file = bytearray(save(make_patch().to_tensors()))
+        write = data.draw(st.sampled_from([Patch.to_tensors, to_old_tensors]))
+        file = bytearray(save(write(make_patch())))
         for _ in range(data.draw(st.integers(1, 3))):
             at = data.draw(st.integers(0, len(file) - 1))
             file[at] = data.draw(st.integers(0, 255))

@@ -27,12 +27,11 @@ def adapter(tmp_path: Path) -> Path:
 def test_every_byte_is_accounted_for(adapter: Path) -> None:
     found, file = inspect(adapter), adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    sizes = {"indices": 0, "values": 0, "modules_to_save": 0}
-    for key, tensor in tensors.items():
-        kind = next((kind for kind in ("indices", "values") if key.endswith(f"_{kind}")), "modules_to_save")
-        sizes[kind] += tensor.nbytes
+    table, packed = (tensors.pop(f"base_model.model.graft_patch.{kind}").nbytes for kind in ("table", "packed"))
+    sizes = {"table": table, "values": 2 * found.entries, "modules_to_save": sum(t.nbytes for t in tensors.values())}
+    sizes["indices"] = packed - sizes["values"]
     assert {key: found.nbytes[key] for key in sizes} == sizes
-    assert all(sizes.values()) and found.nbytes["training"] == 0
+    assert all(sizes.values()) and found.nbytes["training"] == found.nbytes["scales"] == 0
     assert sum(found.nbytes.values()) == file.stat().st_size
     assert found.bytes_per_entry == (file.stat().st_size - sizes["modules_to_save"]) / found.entries
 
@@ -48,7 +47,7 @@ def test_entries_are_counted_by_layer_and_module(adapter: Path) -> None:
         n for name, n in counts.items() if ".layer.0.output.dense." in name
     )
     assert sum(found.by_layer().values()) == sum(found.by_module().values()) == found.entries
-    assert found.dtypes == {"bfloat16": len(counts)} and found.tensors == len(counts)
+    assert found.values == {"bfloat16": len(counts)} and found.tensors == len(counts)
     assert sum(found.codecs.values()) == len(counts) and found.codecs.keys() == {"run", "Rice"}
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from ..patch.packing import TABLE, read_table
 from ..patch.patch import PEFT_PREFIX, Patch, PatchError, parse_file_key
 from .hub_names import CONFIG_FILE
 
@@ -32,8 +33,9 @@ _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 class SavedAdapter:
     """A graft in a directory, as `read_saved` returns it.
 
-    The configuration and the header of the tensors are read at once. The patch and the hash of the file are read when
-    they are first needed, and kept: pass this object on instead of reading the directory again.
+    The configuration, the header of the tensors and the table of a packed patch are read at once. The patch and the
+    hash of the file are read when they are first needed, and kept: pass this object on instead of reading the directory
+    again.
 
     Args:
         directory: The directory, which holds the two files of an adapter.
@@ -45,13 +47,14 @@ class SavedAdapter:
         config_bytes: Size of `adapter_config.json`.
         tensors_bytes: Size of `adapter_model.safetensors`.
         counts: Number of patched entries by tensor name.
+        rows: Code of the values and row of the table by tensor name, of a packed patch.
         modules_to_save_bytes: Bytes of the modules stored whole (task heads), by the module's name.
         hub_ids: Hub ids on record by the names of models; a copy of the adapter keeps them.
         num_labels: Number of classes of the stored task head, None if there is none.
         in_training: Whether this is a checkpoint of a mask in training, which holds candidates and no finished patch.
 
     Raises:
-        PatchError: The file of the tensors is not whole safetensors.
+        PatchError: The file of the tensors is not whole safetensors, or its table is malformed.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
@@ -60,6 +63,7 @@ class SavedAdapter:
             (directory / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)
         )
         self.counts: dict[str, int] = {}
+        self.rows: dict[str, tuple[str, list[int]]] = {}
         self.modules_to_save_bytes: dict[str, int] = {}
         self.hub_ids: Mapping[str, str | None] = self.record.get("hub_ids") or {}
         self.num_labels: int | None = None
@@ -122,6 +126,10 @@ class SavedAdapter:
         try:
             with safe_open(weights, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                    if (parse_file_key(key) or [None])[-1] == TABLE:
+                        self.rows = read_table(file.get_tensor(key))
+                        self.counts |= {name: row[0] for name, (_, row) in self.rows.items()}
+                        continue
                     part = file.get_slice(key)
                     self._count(key, part.get_shape(), part.get_dtype())
         except SafetensorError as error:

@@ -155,7 +155,7 @@ def overlap(masks: Mapping[str, Mask]) -> Overlap:
 
 def indices_of(mask: Mask) -> dict[str, torch.Tensor]:
     """Return the flat indices of a mask by tensor name."""
-    return {name: part.indices for name, part in mask.tensors.items()} if isinstance(mask, Patch) else dict(mask)
+    return dict(mask.indices) if isinstance(mask, Patch) else dict(mask)
 
 
 def _cell(name: str) -> tuple[tuple[str, int], str]:

@@ -60,7 +60,7 @@ def print_inspection(found: InspectResult) -> None:
             ("adapter", found.source),
             ("entries", f"{found.entries:,} in {found.tensors} tensors{share}"),
             ("bytes", f"{format_size(total)}, {found.bytes_per_entry:.2f} an entry{whole}"),
-            ("values", _counted(found.dtypes)),
+            ("values", _counted(found.values)),
             ("indices", _counted(found.codecs)),
             *((key, _shorten(value)) for key, value in found.origin.items() if value is not None),
             ("fingerprint", _shorten(found.fingerprint)),

@@ -159,9 +159,9 @@ def subtract(patch: Patch, other: Patch) -> Patch:
         PatchError: The patches are malformed or of different bases.
     """
     shapes = common_shapes([patch, other])
-    left = dict(patch.tensors)
-    for name in left.keys() & other.tensors.keys():
-        keep = torch.isin(left[name].indices, other.tensors[name].indices, assume_unique=True, invert=True)
+    left, others = dict(patch.plain), other.plain
+    for name in left.keys() & others.keys():
+        keep = torch.isin(left[name].indices, others[name].indices, assume_unique=True, invert=True)
         left[name] = TensorPatch(left[name].indices[keep], left[name].values[keep])
     return Patch(_without_empty(left), shapes)
 
@@ -249,7 +249,7 @@ def _parts_by_tensor(patches: Sequence[Patch]) -> dict[str, list[tuple[int, Tens
     """Group the patches' parts by tensor name, each with the number of its patch; empty parts are left out."""
     found: dict[str, list[tuple[int, TensorPatch]]] = {}
     for i, patch in enumerate(patches):
-        for name, part in patch.tensors.items():
+        for name, part in patch.plain.items():
             if part.indices.numel():
                 found.setdefault(name, []).append((i, part))
     return dict(sorted(found.items()))

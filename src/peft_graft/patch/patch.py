@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,48 +12,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checkpoints.pairing import FLOAT_DTYPES, count_nonfinite
+from ..checkpoints.donor import FLOAT_DTYPES, MAX_LISTED
 from .atomic import atomic_file
 from .fingerprint import Fingerprint
-from .index_codec import MAX_NUMEL, PatchError, broken, check_indices, decode_indices, encode_indices
+from .index_codec import MAX_NUMEL, PatchError, broken, decode_indices
+from .packing import PACKED, TABLE, max_claimed, pack_tensor, unpack, unpack_tensor, write_table
+from .value_codes import CodedTensor, TensorPatch
 
-__all__ = ["Fingerprint", "Patch", "PatchError", "TensorPatch", "file_key", "parse_file_key"]
+__all__ = ["CodedTensor", "Fingerprint", "Patch", "PatchError", "TensorPatch", "file_key", "parse_file_key"]
 
 KINDS = ("indices", "values", "logits", "alpha")
 
 _CONTAINER = "graft_patch"
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, eq=False)
-class TensorPatch:
-    """The replaced entries of one tensor.
-
-    Attributes:
-        indices: int64 of shape (n,): flat (row-major) indices, strictly increasing.
-        values: Floating-point of shape (n,): the new values of these entries, in the donor's dtype.
-    """
-
-    indices: torch.Tensor
-    values: torch.Tensor
-
-    def validate(self, name: str, numel: int = MAX_NUMEL) -> None:
-        """Check that the indices and values can be written into a tensor.
-
-        Args:
-            name: The tensor's name, for error messages.
-            numel: How many entries the tensor has.
-
-        Raises:
-            PatchError: If indices are unsorted, repeated or out of range, or the values are of another number, not
-                finite, or not floating-point.
-        """
-        check_indices(self.indices, numel, name)
-        if self.values.dtype not in FLOAT_DTYPES or self.values.shape != self.indices.shape:
-            got = f"{self.values.dtype} of shape {tuple(self.values.shape)}"
-            raise broken("values", f"floating-point of shape {tuple(self.indices.shape)}", got, name)
-        if bad := count_nonfinite(self.values):
-            raise broken("values", "finite", f"{bad} NaN or Inf", name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +33,72 @@ class Patch:
     """Replacement values for chosen entries of a model's tensors.
 
     Attributes:
-        tensors: The replaced entries by tensor name, `<module>.<param>`.
+        tensors: The replaced entries by tensor name, `<module>.<param>`: plain, or in a code that needs the base.
         shapes: Shape of each tensor that may be patched, by name, where the base is known.
     """
 
-    tensors: Mapping[str, TensorPatch]
+    tensors: Mapping[str, TensorPatch | CodedTensor]
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def num_params(self) -> int:
         """Number of replaced entries."""
-        return sum(part.indices.numel() for part in self.tensors.values())
+        return sum(part.count for part in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in a file, without its header. Every call codes the indices."""
         return sum(tensor.nbytes for tensor in self.to_tensors().values())
+
+    @property
+    def plain(self) -> Mapping[str, TensorPatch]:
+        """The replaced entries by tensor name, none of which needs the base.
+
+        Raises:
+            PatchError: If some are in a code that does.
+        """
+        found = {name: part for name, part in self.tensors.items() if isinstance(part, TensorPatch)}
+        if coded := sorted(self.tensors.keys() - found.keys()):
+            codes = sorted({part.code for part in self.tensors.values() if isinstance(part, CodedTensor)})
+            raise PatchError(
+                f"values must be plain here, got the code {', '.join(map(repr, codes))} in {coded[:MAX_LISTED]} "
+                f"({len(coded)} tensors). Decode them with the base's tensors: patch.decode(base.get_parameter)."
+            )
+        return found
+
+    @property
+    def indices(self) -> Mapping[str, torch.Tensor]:
+        """Flat indices of the replaced entries by tensor name, int64 (n,).
+
+        Raises:
+            PatchError: If some are in a code for which the base is needed.
+        """
+        found = {name: part.indices for name, part in self.tensors.items()}
+        if hidden := [name for name, indices in found.items() if indices is None]:
+            raise PatchError(
+                f"indices must be known without the base here, got a code in {hidden[:MAX_LISTED]} ({len(hidden)} "
+                "tensors). Decode the patch with the base's tensors: patch.decode(base.get_parameter)."
+            )
+        return {name: indices for name, indices in found.items() if indices is not None}
+
+    def decode(self, read_base: Callable[[str], torch.Tensor]) -> Patch:
+        """Compute all values that the base is needed for.
+
+        Args:
+            read_base: Function from a tensor's name to the base's whole tensor; called for coded tensors only.
+
+        Returns:
+            A patch whose tensors are all plain; this one if they are already.
+
+        Raises:
+            PatchError: If a code does not fit this base.
+        """
+        decoded = {
+            name: part.decode(read_base(name), name)
+            for name, part in self.tensors.items()
+            if isinstance(part, CodedTensor)
+        }
+        return Patch({**self.tensors, **decoded}, self.shapes) if decoded else self
 
     def validate(self) -> None:
         """Check the patch of every tensor, against `shapes` if they are known.
@@ -91,23 +113,17 @@ class Patch:
         """Return the patch as the state dict that a file holds.
 
         Returns:
-            Two tensors per patched one, on the CPU: `<module>.graft_patch.<param>_indices` (uint8, coded) and
-            `<module>.graft_patch.<param>_values` (the donor's dtype, of shape (n,)). Values that are all +0 are left
-            out, by the shape (n, 0), if n is at most 8 times the bytes of the coded indices.
+            Two tensors, uint8 on the CPU: the table of the patched tensors, `graft_patch.table`, and their bytes,
+            `graft_patch.packed`. Values that are all +0 are left out, if they are at most 8 times as many as the coded
+            indices have bytes.
 
         Raises:
             PatchError: If the patch is malformed.
         """
         self.validate()
-        state = {}
-        for name in sorted(self.tensors):
-            module, _, param = name.rpartition(".")
-            blob, values = encode_indices(self.tensors[name].indices), self.tensors[name].values.detach().cpu()
-            if 0 < values.numel() <= _max_claimed(blob) and not torch.any(values.contiguous().view(torch.uint8)):
-                values = values.new_empty(values.numel(), 0)
-            state[file_key(module, param, "indices")] = blob
-            state[file_key(module, param, "values")] = values.contiguous()
-        return state
+        packed = {name: pack_tensor(part) for name, part in sorted(self.tensors.items())}
+        rows = {name: (each.code, each.row) for name, each in packed.items()}
+        return pack_rows(rows, torch.cat([each.data for each in packed.values()] or [_NO_BYTES]))
 
     @classmethod
     def from_tensors(
@@ -136,12 +152,15 @@ class Patch:
             if kind in found.setdefault(name, {}):
                 raise broken(kind, "given once", f"a second time as {key!r}", name)
             found[name][kind] = state[key]
-        tensors = {}
+        packed = found.pop("", {})
+        tensors = _read_packed(packed, shapes) if packed else {}
         for name, kinds in found.items():
             if kinds.keys() <= {"logits", "alpha"}:
                 continue
             if not {"indices", "values"} <= kinds.keys():
                 raise broken("patched tensor", "given by indices and values", f"{sorted(kinds)}", name)
+            if name in tensors:
+                raise broken("patched tensor", "given once", "also a row of the table", name)
             tensors[name] = _read_part(name, kinds["indices"], kinds["values"], _numel(name, shapes))
         return cls(tensors, shapes)
 
@@ -154,10 +173,8 @@ class Patch:
         Raises:
             PatchError: If the patch is malformed.
         """
-        path = Path(path)
-        # Copies, because safetensors refuses tensors that are slices of one storage.
-        state = {key: tensor.clone() for key, tensor in self.to_tensors().items()}
-        with atomic_file(path) as temporary:
+        state = self.to_tensors()
+        with atomic_file(Path(path)) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
 
     @classmethod
@@ -183,6 +200,19 @@ class Patch:
                 f"patch file must be whole safetensors, got {os.fspath(path)!r} ({error}). Copy or download it again."
             ) from error
         return cls.from_tensors(state, shapes)
+
+
+def pack_rows(rows: Mapping[str, tuple[str, Sequence[int]]], packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the state dict of a packed patch.
+
+    Args:
+        rows: Code and row of the table by tensor name.
+        packed: The bytes of all tensors in order of their names, uint8.
+
+    Returns:
+        The table and the bytes under the keys of a file.
+    """
+    return {f"{_CONTAINER}.{TABLE}": write_table(rows), f"{_CONTAINER}.{PACKED}": packed}
 
 
 def require_rows(stored: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]) -> None:
@@ -237,7 +267,8 @@ def parse_file_key(key: str) -> tuple[str, str, str] | None:
         key: The key, with or without PEFT's prefix `base_model.model.`.
 
     Returns:
-        (module, param, kind) as in `file_key`, or None if the key is not part of a patch.
+        (module, param, kind) as in `file_key`; ("", "", "table") or ("", "", "packed") for a packed patch; None if the
+        key is not part of a patch.
 
     Raises:
         PatchError: If the key names the container of a patch, followed by an unknown name.
@@ -245,6 +276,8 @@ def parse_file_key(key: str) -> tuple[str, str, str] | None:
     module, container, leaf = ("." + key.removeprefix(PEFT_PREFIX)).rpartition(f".{_CONTAINER}.")
     if not container:
         return None
+    if not module and leaf in (TABLE, PACKED):
+        return "", "", leaf
     param, _, kind = leaf.rpartition("_")
     if not param or "." in param or kind not in KINDS:
         raise PatchError(f"file key must end in <param> and one of {KINDS}, got {key!r}.")
@@ -259,16 +292,20 @@ def _numel(name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
     return math.prod(shapes[name])
 
 
-def _max_claimed(blob: torch.Tensor) -> int:
-    """Return how many entries coded indices can claim without stored values: one per bit."""
-    return 8 * blob.numel()
+def _read_packed(
+    kinds: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, TensorPatch | CodedTensor]:
+    if kinds.keys() != {TABLE, PACKED}:
+        raise broken("packed patch", f"given as {TABLE} and {PACKED}", f"only {sorted(kinds)}", "")
+    found = unpack(kinds[TABLE], kinds[PACKED])
+    return {name: unpack_tensor(each, _numel(name, shapes), name) for name, each in found.items()}
 
 
 def _read_part(name: str, blob: torch.Tensor, values: torch.Tensor, numel: int) -> TensorPatch:
     if values.dtype in FLOAT_DTYPES and values.dim() == 2 and values.shape[1] == 0:
         # All +0 and not stored: the count is a claim of the file, and must not take much more memory than the file has.
-        if values.shape[0] > _max_claimed(blob):
-            raise broken("number of zeros", f"at most {_max_claimed(blob)}", str(values.shape[0]), name)
+        if values.shape[0] > max_claimed(blob):
+            raise broken("number of zeros", f"at most {max_claimed(blob)}", str(values.shape[0]), name)
         values = values.new_zeros(values.shape[0])
     if values.dim() != 1:
         raise broken("values", "of shape (n,)", f"shape {tuple(values.shape)}", name)

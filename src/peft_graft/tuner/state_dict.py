@@ -71,8 +71,30 @@ def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch
         layer, param, _ = places[name]
         if layer.base_parameter(param).is_meta:
             return None
-        found[name] = layer.base_entries(param, part.indices.to(layer.base_parameter(param).device))
+        if part.indices is None:
+            found[name] = layer.own_values(param).flatten()
+        else:
+            found[name] = layer.base_entries(param, part.indices.to(layer.base_parameter(param).device))
     return found
+
+
+def _decoded(places: Mapping[str, _Place], patch: Patch) -> Patch:
+    """Compute the values of a patch that the base is needed for.
+
+    Raises:
+        PatchError: The base has no values yet.
+    """
+
+    def read_base(name: str) -> torch.Tensor:
+        layer, param, _ = places[name]
+        if layer.base_parameter(param).is_meta:
+            raise PatchError(
+                f"base must have values before a patch of the code {patch.tensors[name]!r} is loaded, got {name!r} on "
+                "the meta device. Load the base without low_cpu_mem_usage first."
+            )
+        return layer.own_values(param)
+
+    return patch.decode(read_base)
 
 
 def _owners(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
@@ -284,6 +306,7 @@ def unpack(
             "checkpoint must hold mask logits to resume training, got a packed patch. Resume from a checkpoint that "
             "a Trainer wrote during training, or set inference_mode=True in the config to use the patch as it is."
         )
+    patch = _decoded(places, patch)
     _install(places, adapter_name, patch, logits)
     if logits:
         state.budget = _budget(config, places, logits)
@@ -311,7 +334,8 @@ def install_patch(model: nn.Module, config: GraftConfig, adapter_name: str, patc
     places = _places(model, adapter_name)
     Patch(patch.tensors, _shapes(places)).validate()
     _require_tensors(places, patch)
-    copies = {name: TensorPatch(part.indices.clone(), part.values.clone()) for name, part in patch.tensors.items()}
+    plain = _decoded(places, patch).plain
+    copies = {name: TensorPatch(part.indices.clone(), part.values.clone()) for name, part in plain.items()}
     _install(places, adapter_name, Patch(copies), {})
     state = _state(places, adapter_name)
     state.awaits_file = False
@@ -339,7 +363,7 @@ def _install(places: Mapping[str, _Place], adapter_name: str, patch: Patch, logi
     patched = {(places[name].layer, places[name].param) for name in patch.tensors}
     for layer in {place.layer for place in places.values()}:
         layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])
-    for name, part in patch.tensors.items():
+    for name, part in patch.plain.items():
         layer, param, _ = places[name]
         if adapter_name not in layer.graft_patch:
             layer.add_slot(adapter_name, [param])
@@ -379,7 +403,7 @@ def _read_trained(state_dict: Mapping[str, torch.Tensor], patch: Patch, kind: st
             continue
         name = ".".join(part for part in parsed[:2] if part)
         part = patch.tensors.get(name)
-        dtype, shape = (torch.float32, part and part.values.shape) if kind == "logits" else (torch.float64, (1,))
+        dtype, shape = (torch.float32, part and (part.count,)) if kind == "logits" else (torch.float64, (1,))
         if part is None or values.shape != shape or values.dtype != dtype or not values.isfinite().all():
             raise PatchError(
                 f"{kind} must be finite {dtype} of shape {shape and tuple(shape)}, got {values.dtype} "

@@ -87,7 +87,7 @@ def combine(
             f"combination_type={combination_type!r}. Choose another type."
         )
     config = _config(tuner, adapters, patch)
-    fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.tensors.items()})
+    fingerprint = Fingerprint.compute({name: base(name, part.indices) for name, part in patch.plain.items()})
     records = [record for name in adapters if (record := tuner.peft_config[name].record)]
     first = tuner.peft_config[adapters[0]].record
     config.note(

@@ -19,7 +19,7 @@ from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
-from ..patch.patch import Fingerprint, Patch, PatchError, require_rows
+from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, require_rows
 from ..tuner import GraftConfig
 
 
@@ -52,7 +52,7 @@ class AdapterOnBase:
 
     Attributes:
         config: Configuration of the adapter.
-        patch: Patch of the adapter.
+        patch: Patch of the adapter, decoded.
         modules_to_save: Tensors of the modules stored whole (task heads), by their name in the model.
         num_labels: Number of classes of the task head, None if there is no head that shows it.
         base: Directory or Hub id of the base.
@@ -97,10 +97,8 @@ class AdapterOnBase:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._require_vocabulary()
         self._names = self._resolve_names()
-        self._base_values = {name: self._read_entries(name) for name in sorted(self.patch.tensors)}
-        Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {}).require(
-            self._base_values, recorded
-        )
+        self._base_values: dict[str, torch.Tensor] = {}
+        self._read_base(recorded)
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
@@ -139,7 +137,7 @@ class AdapterOnBase:
         Returns:
             The values, [n], rounded once to the dtype in which the base loads; with alpha 1 the donor's bits.
         """
-        before, part = self._base_values[name], self.patch.tensors[name]
+        before, part = self._base_values[name], self.patch.plain[name]
         alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
         return grafted_values(before, part.values, alpha).to(before.dtype)
 
@@ -149,7 +147,7 @@ class AdapterOnBase:
 
     def edits(self) -> Iterator[FileEdit]:
         """Yield the changes that the patch makes to the base's files, one tensor of the files at a time."""
-        for name, part in self.patch.tensors.items():
+        for name, part in self.patch.plain.items():
             values, start = self.values(name), 0
             stored = self.view.stored_names(self._names[name])
             for stored_name, extent in zip(stored, self.view.extents(self._names[name]), strict=True):
@@ -189,9 +187,18 @@ class AdapterOnBase:
         self._aliases = {name: names_of[id(self._parameters[name])] for name in wanted}
         return resolve_names(wanted, self.view, prefixes=(prefix,) if prefix else (), aliases=self._aliases)
 
-    def _read_entries(self, name: str) -> torch.Tensor:
-        flat = self.view.get(self._names[name]).flatten()[self.patch.tensors[name].indices]
-        return flat.to(self._parameters[name].dtype)
+    def _read_base(self, base_name: str | None) -> None:
+        """Read the base's values at the patched entries, check that it is the right one, and decode the patch."""
+        checked: dict[str, torch.Tensor] = {}
+        decoded: dict[str, TensorPatch] = {}
+        for name, part in sorted(self.patch.tensors.items()):
+            flat, dtype = self.view.get(self._names[name]).flatten(), self._parameters[name].dtype
+            decoded[name] = part if isinstance(part, TensorPatch) else part.decode(flat.to(dtype), name)
+            self._base_values[name] = flat[decoded[name].indices].to(dtype)
+            checked[name] = flat.to(dtype) if part.indices is None else self._base_values[name]
+        fingerprint = (self.config.record and self.config.record.fingerprint) or {}
+        Fingerprint.from_dict(fingerprint).require(checked, base_name)
+        self.patch = Patch(decoded, self.patch.shapes)
 
 
 def _open_base(

@@ -160,7 +160,7 @@ def write_shira(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResul
     """Write a SHiRA adapter that stock PEFT loads: the deltas of Linear weights, padded with zeros to r(m + n)."""
     done, names = _supported(graft, (nn.Linear,))
     shapes = {name: graft.shape(name) for name in names}
-    r = max(math.ceil(graft.patch.tensors[name].indices.numel() / sum(shapes[name])) for name in names)
+    r = max(math.ceil(graft.patch.plain[name].indices.numel() / sum(shapes[name])) for name in names)
     crowded = sorted(name for name in names if r * sum(shapes[name]) > math.prod(shapes[name]))
     if crowded:
         raise PatchError(
@@ -169,7 +169,7 @@ def write_shira(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResul
         )
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
-        part, (rows, columns) = graft.patch.tensors[name], shapes[name]
+        part, (rows, columns) = graft.patch.plain[name], shapes[name]
         count = r * (rows + columns)
         free = np.setdiff1d(np.arange(count), part.indices.numpy())[: count - part.indices.numel()]
         flat = torch.cat([part.indices, torch.from_numpy(free)])
@@ -191,7 +191,7 @@ def write_lora(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResult
     tensors: dict[str, torch.Tensor] = {}
     left = total = 0.0
     for name in names:
-        part, shape = graft.patch.tensors[name], graft.shape(name)
+        part, shape = graft.patch.plain[name], graft.shape(name)
         delta = torch.zeros(math.prod(shape)).index_copy_(0, part.indices, graft.deltas(name)).view(shape)
         module = name.rpartition(".")[0]
         transposed = isinstance(graft.model.get_submodule(module), Conv1D)
@@ -272,7 +272,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 def _supported(graft: AdapterOnBase, classes: tuple[type[nn.Module], ...]) -> tuple[ExportResult, list[str]]:
     """Return the names of the weights that a format for only these modules can hold, and count the other entries."""
     done, names, left_out = ExportResult(Path(), graft.patch.num_params), [], Counter[str]()
-    for name, part in graft.patch.tensors.items():
+    for name, part in graft.patch.plain.items():
         key, _, param = name.rpartition(".")
         module = graft.model.get_submodule(key)
         if type(module) in classes and param == "weight":

@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ from ..checkpoints.pairing import (
 )
 from ..checkpoints.wrappers import plain_name
 from ..patch.atomic import atomic_directory, check_output_dir
-from ..patch.patch import Fingerprint, Patch, TensorPatch
+from ..patch.packing import PackedTensor, pack_tensor
+from ..patch.patch import Fingerprint, TensorPatch, pack_rows
 from ..peft_compat.transformers_names import modeling_auto
 from ..selection.budget import Budget, capped_note
 from ..selection.rules import SelectionError, get_rule
@@ -394,11 +396,13 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
     budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
     selector = Selector(pairs, None if exact else get_rule(config.selection), budget, seed=config.seed)
     # The configuration is put in place last: until then, the old one refuses the new tensors.
-    with atomic_directory(target, last=CONFIG_NAME) as directory, tempfile.TemporaryFile(dir=directory) as file:
+    with ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(target, last=CONFIG_NAME))
+        files = [stack.enter_context(tempfile.TemporaryFile(dir=directory)) for _ in range(2)]
         total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
             pairs.on_read = bar.update
-            packed = _encode(selector, _SpillFile(file))
+            packed = _encode(selector, *map(_SpillFile, files))
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
         _install(opened.peft_model, packed, selector.eligible, exact)
@@ -441,6 +445,17 @@ class _SpillFile:
         self._end += -(-tensor.nbytes // 8) * 8
         return _Slice(offset, tensor.dtype, tensor.shape)
 
+    def append(self, data: torch.Tensor) -> None:
+        """Write bytes right after the last ones."""
+        self._file.seek(self._end)
+        self._file.write(data.numpy().data)
+        self._end += data.numel()
+
+    def map_whole(self) -> torch.Tensor:
+        """Return all bytes, uint8, which are read from the file when they are used."""
+        self._file.flush()
+        return self._map(0, torch.uint8, torch.Size([self._end]))
+
     def map_all(self, slices: dict[str, _Slice]) -> dict[str, torch.Tensor]:
         """Return tensors that read from the file when they are used."""
         self._file.flush()
@@ -455,34 +470,37 @@ class _SpillFile:
 
 @dataclass
 class _PackedPatch:
-    """A patch as its file holds it, and the base's values at its entries; both in a spill file."""
+    """A patch as its file holds it, and the base's values at its entries; both in spill files."""
 
     tensors: dict[str, torch.Tensor]
     base_values: dict[str, torch.Tensor]
     entries: int
 
 
-def _encode(selector: Selector, spill: _SpillFile) -> _PackedPatch:
+def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile) -> _PackedPatch:
     """Encode the selected entries tensor by tensor, several tensors at a time."""
-    tensors: dict[str, _Slice] = {}
+    rows: dict[str, tuple[str, list[int]]] = {}
     base_values: dict[str, _Slice] = {}
     entries = 0
     workers = min(torch.get_num_threads(), MAX_WORKERS)
     with worker_pool(workers) as pool:
         found = map_in_order(pool, _encode_one, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
-        for selected, encoded in found:
-            tensors |= {key: spill.put(tensor) for key, tensor in encoded.items()}
-            base_values[selected.name] = spill.put(selected.base)
+        for selected, packed in found:
+            rows[selected.name] = packed.code, packed.row
+            spill.append(packed.data)
+            base_values[selected.name] = base_spill.put(selected.base)
             entries += selected.indices.numel()
-    return _PackedPatch(spill.map_all(tensors), spill.map_all(base_values), entries)
+    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries)
 
 
 def _count(selected: Selected) -> int:
     return selected.indices.numel()
 
 
-def _encode_one(selected: Selected) -> tuple[Selected, dict[str, torch.Tensor]]:
-    return selected, Patch({selected.name: TensorPatch(selected.indices, selected.donor)}).to_tensors()
+def _encode_one(selected: Selected) -> tuple[Selected, PackedTensor]:
+    part = TensorPatch(selected.indices, selected.donor)
+    part.validate(selected.name)
+    return selected, pack_tensor(part)
 
 
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:

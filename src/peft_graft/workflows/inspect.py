@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
 from ..analysis.localization import Place, locate
 from ..checkpoints.donor import CheckpointDonor, Extent
 from ..patch.index_codec import CODECS
+from ..patch.packing import CODES, PACKED
 from ..patch.patch import PatchError, parse_file_key
+
+_Rows = Mapping[str, tuple[str, Sequence[int]]]
 
 # The fields of the configuration that say how an adapter was made, in the order in which they are shown.
 ORIGIN_FIELDS = (
@@ -45,12 +49,13 @@ class InspectResult:
 
     Attributes:
         source: Directory or Hub id.
-        nbytes: Bytes of the tensors' file by purpose: "header", "indices", "values", "modules_to_save" (stored whole)
-            and "training" (logits of a mask in training). They add up to the size of the file.
+        nbytes: Bytes of the tensors' file by purpose: "header", "table" (of the patched tensors), "indices", "scales"
+            (of coded values), "values", "modules_to_save" (stored whole) and "training" (logits of a mask in training).
+            They add up to the size of the file.
         entries: Number of entries of the patch.
         eligible: Number of entries that the budget is a share of, None if it is not on record.
         tensors: Number of patched tensors.
-        dtypes: Number of tensors by the dtype of their values.
+        values: Number of tensors by the dtype or the code of their values.
         codecs: Number of tensors by the code of their indices.
         place: Entries by layer and kind of module.
         origin: The fields of the configuration that say how the adapter was made.
@@ -62,7 +67,7 @@ class InspectResult:
     entries: int
     eligible: int | None
     tensors: int
-    dtypes: dict[str, int]
+    values: dict[str, int]
     codecs: dict[str, int]
     place: Place
     origin: dict[str, Any]
@@ -97,7 +102,7 @@ class InspectResult:
             "entries": self.entries,
             "eligible": self.eligible,
             "tensors": self.tensors,
-            "dtypes": self.dtypes,
+            "values": self.values,
             "codecs": self.codecs,
             "by_layer": self.by_layer(),
             "by_module": self.by_module(),
@@ -139,12 +144,12 @@ def inspect(
     fingerprint = fields.get("fingerprint") or {}
     return InspectResult(
         source=os.fspath(adapter),
-        nbytes=_count_bytes(extents, weights.stat().st_size),
+        nbytes=_count_bytes(extents, weights.stat().st_size, saved.rows),
         entries=sum(saved.counts.values()),
         eligible=fields.get("eligible"),
         tensors=len(saved.counts),
-        dtypes=dict(Counter(_dtype_name(extents[key]) for key in extents if _kind(key) == "values")),
-        codecs=_count_codecs(weights, [extents[key] for key in extents if _kind(key) == "indices"]),
+        values=_count_values(extents, saved.rows),
+        codecs=_count_codecs(weights, _find_indices(extents, saved.rows)),
         place=locate(counts),
         origin={key: fields.get(key) for key in ORIGIN_FIELDS},
         fingerprint={key: fingerprint[key] for key in ("dtype", "sha256", "count") if key in fingerprint},
@@ -156,24 +161,47 @@ def _kind(key: str) -> str | None:
     return None if parsed is None else parsed[2]
 
 
-def _count_bytes(extents: dict[str, Extent], file_size: int) -> dict[str, int]:
+def _count_bytes(extents: dict[str, Extent], file_size: int, rows: _Rows) -> dict[str, int]:
     """Return the bytes by purpose. Tensors follow each other without gaps, so each ends where the next one begins."""
     ordered = sorted(extents, key=lambda key: (extents[key].offset, key))
     ends = [*(extents[key].offset for key in ordered[1:]), file_size]
     found = {"header": extents[ordered[0]].offset if ordered else file_size}
-    found |= dict.fromkeys(("indices", "values", "modules_to_save", "training"), 0)
+    found |= dict.fromkeys(("table", "indices", "scales", "values", "modules_to_save", "training"), 0)
+    for code, row in rows.values():
+        for purpose, size in CODES[code].sections(row).items():
+            found[purpose] += size
     for key, end in zip(ordered, ends, strict=True):
         kind = _kind(key)
+        if kind == PACKED:
+            continue
         purpose = "modules_to_save" if kind is None else kind if kind in found else "training"
         found[purpose] += end - extents[key].offset
     return found
 
 
-def _count_codecs(weights: Path, extents: list[Extent]) -> dict[str, int]:
+def _count_values(extents: dict[str, Extent], rows: _Rows) -> dict[str, int]:
+    """Return the number of tensors by the dtype or the code of their values."""
+    apart = [_dtype_name(extents[key]) for key in extents if _kind(key) == "values"]
+    return dict(Counter([*(CODES[code].name for code, _ in rows.values()), *apart]))
+
+
+def _find_indices(extents: dict[str, Extent], rows: _Rows) -> list[int]:
+    """Return where the coded indices of each tensor begin in the file."""
+    starts = [extents[key].offset for key in extents if _kind(key) == "indices"]
+    at = next((extents[key].offset for key in extents if _kind(key) == PACKED), 0)
+    for code, row in rows.values():
+        sections = CODES[code].sections(row)
+        if "indices" in sections:
+            starts.append(at)
+        at += sum(sections.values())
+    return starts
+
+
+def _count_codecs(weights: Path, starts: list[int]) -> dict[str, int]:
     with weights.open("rb") as file:
         names: Counter[str] = Counter()
-        for extent in extents:
-            file.seek(extent.offset)
+        for start in starts:
+            file.seek(start)
             tag = file.read(1)
             names[CODECS.get(tag[0], "unknown") if tag else "unknown"] += 1
     return dict(names)

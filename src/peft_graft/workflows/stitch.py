@@ -231,7 +231,7 @@ def _base_reader(grafts: Mapping[str, AdapterOnBase]) -> Callable[[str, torch.Te
     """Return a function (name, flat indices) -> the base's values, for entries that any of the adapters patches."""
     known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for graft in grafts.values():
-        for name, part in graft.patch.tensors.items():
+        for name, part in graft.patch.plain.items():
             for alias in graft.aliases(name):
                 indices, values = known.get(alias, (part.indices[:0], graft.base_values(name)[:0]))
                 indices, where = torch.cat([indices, part.indices]).unique(return_inverse=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 
 from peft_graft.patch.index_codec import encode_indices
-from peft_graft.patch.patch import Patch, file_key
+from peft_graft.patch.patch import PEFT_PREFIX, Patch, file_key
 
 
 def to_old_tensors(patch: Patch) -> dict[str, torch.Tensor]:
@@ -18,3 +21,9 @@ def to_old_tensors(patch: Patch) -> dict[str, torch.Tensor]:
         state[file_key(module, param, "indices")] = blob
         state[file_key(module, param, "values")] = values.contiguous()
     return state
+
+
+def load_apart(path: Path) -> dict[str, torch.Tensor]:
+    """Return what an adapter's file holds, with its patch in the form of version 1."""
+    state = {key: tensor for key, tensor in load_file(path).items() if ".graft_patch." not in key}
+    return state | {f"{PEFT_PREFIX}{key}": tensor for key, tensor in to_old_tensors(Patch.load(path)).items()}

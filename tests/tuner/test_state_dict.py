@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from grafts import DTYPES, FAMILIES, MLP, TASKS, graft, held, output, same_bits
 from models import inputs, perturbed, tiny_bert, tiny_gpt2, tiny_roberta, tiny_vit
+from old_patches import load_apart
 from peft_graft import GraftConfig, Patch, PatchError, initialize_graft
+from peft_graft.patch import packing
 from peft_graft.patch import patch as patch_module
+from peft_graft.patch.packing import read_table
 from peft_graft.patch.patch import TensorPatch
 
 FRESH = """
@@ -97,7 +100,18 @@ def test_the_file_is_a_patch_of_the_base_that_peft_graft_reads_alone(tmp_path: P
     for name, part in patch.tensors.items():
         assert same_bits(part.values, donor.get_parameter(name).detach().view(-1)[part.indices])
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
-    assert "base_model.model.vit.embeddings.graft_patch.cls_token_indices" in keys
+    assert keys == {"base_model.model.graft_patch.table", "base_model.model.graft_patch.packed"}
+
+
+def test_an_adapter_of_version_1_loads_to_the_same_bits(tmp_path: Path) -> None:
+    wanted = saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state, new = load_apart(path), path.read_bytes()
+    save_file(state, path, {"format": "pt"})
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    assert same_bits(output(loaded, inputs(tiny_bert())), wanted)
+    loaded.save_pretrained(tmp_path)
+    assert path.read_bytes() == new
 
 
 def test_the_config_says_what_was_done(tmp_path: Path) -> None:
@@ -127,9 +141,10 @@ def test_zeros_store_no_values(tmp_path: Path) -> None:
     model = graft(base, "zeros", density=0.5)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    values = [value for key, value in stored.items() if key.endswith("_values")]
-    assert values and all(value.numel() == 0 for value in values)
-    assert sum(len(value) for value in values) == model.peft_config["default"].record.entries
+    rows = read_table(stored["base_model.model.graft_patch.table"])
+    assert {code for code, _ in rows.values()} == {"zeros-F32"}
+    assert sum(row[0] for _, row in rows.values()) == model.peft_config["default"].record.entries
+    assert stored["base_model.model.graft_patch.packed"].numel() == sum(row[1] for _, row in rows.values())
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
     assert same_bits(output(loaded, inputs(base)), output(model, inputs(base)))
 
@@ -275,7 +290,7 @@ def test_another_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
 def test_a_malformed_file_is_refused_by_tensor(kind: str, change: object, message: str, tmp_path: Path) -> None:
     saved(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    stored = load_file(path)
+    stored = load_apart(path)
     name = "bert.encoder.layer.0.output.dense"
     key = f"base_model.model.{name}.graft_patch.weight_{kind}"
     value = stored.pop(key)
@@ -289,7 +304,7 @@ def test_a_malformed_file_is_refused_by_tensor(kind: str, change: object, messag
 def test_a_tensor_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    stored = load_file(path)
+    stored = load_apart(path)
     save_file({key.replace("layer.1.", "layer.7."): value for key, value in stored.items()}, path)
     with pytest.raises(PatchError, match="one that the base has and the adapter targets, got 'bert.encoder.layer.7"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path)
@@ -306,7 +321,7 @@ def test_a_tied_tensor_that_is_patched_twice_is_refused(tmp_path: Path) -> None:
     base = tiny_gpt2()
     graft(base, perturbed(base), density=0.1, target_modules="all").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    stored = load_file(path)
+    stored = load_apart(path)
     stored |= {
         key.replace("transformer.wte", "lm_head"): value.clone() for key, value in stored.items() if ".wte." in key
     }
@@ -356,8 +371,8 @@ def test_a_patch_in_memory_is_installed_as_a_copy_without_coding(monkeypatch: py
     def refuse(*args: object) -> None:
         raise AssertionError("a patch was coded")
 
-    monkeypatch.setattr(patch_module, "encode_indices", refuse)
-    monkeypatch.setattr(patch_module, "decode_indices", refuse)
+    for module, name in ((packing, "encode_indices"), (packing, "decode_indices"), (patch_module, "decode_indices")):
+        monkeypatch.setattr(module, name, refuse)
     patch, x = model.base_model.patch("x"), torch.ones(2, 4)
     model.base_model.fill("y", patch)
     assert held(model, "y") == held(model, "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def logits_of(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def kinds(path: Path) -> set[str]:
     """Kinds of tensors that an adapter's file holds for its patch."""
-    return {key.rpartition("_")[2] for key in load_file(path / "adapter_model.safetensors") if "graft_patch" in key}
+    return {re.split("[_.]", key)[-1] for key in load_file(path / "adapter_model.safetensors") if "graft_patch" in key}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -47,11 +48,11 @@ def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> N
     run.train()
     assert run.evaluate()["eval_loss"] < before
     assert held(model) == start  # the candidates
-    assert kinds(tmp_path / "checkpoint-2") == {"indices", "values", "logits", "alpha"}
+    assert kinds(tmp_path / "checkpoint-2") == {"table", "packed", "logits", "alpha"}
     run.save_model(tmp_path / "final")
     model.save_pretrained(tmp_path / "direct")
     for name in ("final", "direct"):
-        assert kinds(tmp_path / name) == {"indices", "values"}
+        assert kinds(tmp_path / name) == {"table", "packed"}
         loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / name)
         assert same_bits(output(loaded, Rows().batch), output(model, Rows().batch))
         assert sum(map(len, held(loaded).values())) == model.peft_config["default"].record.entries
@@ -129,7 +130,7 @@ def test_a_checkpoint_can_be_loaded_like_any_adapter_and_trained_on(scope: str, 
     trained = [logits_of(each) for each in (model, loaded)]
     assert same(*trained)
     loaded.save_pretrained(tmp_path / "packed")
-    assert kinds(tmp_path / "packed") == {"indices", "values"}
+    assert kinds(tmp_path / "packed") == {"table", "packed"}
 
 
 def test_a_trainer_of_a_loaded_checkpoint_writes_such_checkpoints_too(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ class At(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("event", "found"),
-    [("on_step_end", {"indices", "values", "logits", "alpha"}), ("on_train_end", {"indices", "values"})],
+    [("on_step_end", {"table", "packed", "logits", "alpha"}), ("on_train_end", {"table", "packed"})],
 )
 def test_what_callbacks_save_can_be_trained_on_until_the_training_ends(
     event: str, found: set[str], tmp_path: Path
@@ -176,14 +177,14 @@ def test_a_training_that_was_interrupted_leaves_no_trace(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         trainer(model, tmp_path, callbacks=[At("on_step_end", interrupt)]).train()
     model.save_pretrained(tmp_path / "adapter")
-    assert kinds(tmp_path / "adapter") == {"indices", "values"}
+    assert kinds(tmp_path / "adapter") == {"table", "packed"}
 
 
 def test_another_model_that_is_saved_meanwhile_is_packed(tmp_path: Path) -> None:
     other = learner()
     callback = At("on_step_end", lambda: other.save_pretrained(tmp_path / "other"))
     trainer(learner(), tmp_path, callbacks=[callback], save_strategy="no").train()
-    assert kinds(tmp_path / "other") == {"indices", "values"}
+    assert kinds(tmp_path / "other") == {"table", "packed"}
 
 
 def test_training_cannot_resume_from_a_packed_patch(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert same(logits_of(model), seen[2])
     assert model.peft_config["default"].alpha == 1.0
     run.save_model(tmp_path / "final")
-    assert kinds(tmp_path / "final") == {"indices", "values"}
+    assert kinds(tmp_path / "final") == {"table", "packed"}
 
 
 def test_mask_and_alpha_are_fitted_in_turns(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path) -> N
 def test_a_trainer_without_a_learned_mask_saves_patches(tmp_path: Path) -> None:
     model = graft(BASE, DONOR.bert, density=0.02, task_type="SEQ_CLS")  # the head trains
     trainer(model, tmp_path, steps=2).train()
-    assert kinds(tmp_path / "checkpoint-2") == {"indices", "values"}
+    assert kinds(tmp_path / "checkpoint-2") == {"table", "packed"}
 
 
 # Several processes

@@ -20,6 +20,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 import models
 from grafts import output, same_bits
 from models import inputs, perturbed
+from old_patches import load_apart
 from peft_graft import PatchError
 from peft_graft.workflows import export as export_module
 from peft_graft.workflows.export import EXPORTS, HEAD_FILE, VLLM_FILE, export, low_rank
@@ -316,7 +317,7 @@ def test_unknown_forms_and_ranks_are_refused(to: str, rank: int, message: str, t
 def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "tiny_llama")
     file = tmp_path / "skill" / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = load_apart(file)
     key = next(key for key in tensors if key.endswith("_values"))
     tensors[key][0] = float("nan")
     save_file(tensors, file, {"format": "pt"})

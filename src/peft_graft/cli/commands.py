@@ -73,7 +73,10 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-extra", action="store_true", help="accept a donor with more tensors than the base; take what both have"
     )
-    parser.add_argument("--alpha", type=float, default=1.0, help="scale of the patch; 1 (default) gives donor's bits")
+    parser.add_argument(
+        "--alpha", type=_number_or_norm, default=1.0, metavar="NUMBER|norm",
+        help="scale of the patch; 1 (default) gives donor's bits, norm estimates it from the norms of the delta",
+    )  # fmt: skip
     parser.add_argument("--task-type", metavar="TYPE", help="PEFT's, such as CAUSAL_LM; default: the donor's class")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rule random; default 0")
     _add_token(parser)
@@ -288,6 +291,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _shows_progress(args: argparse.Namespace) -> bool:
     return not args.quiet and sys.stderr.isatty()
+
+
+def _number_or_norm(text: str) -> float | str:
+    if text == "norm":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        hint = " To fit it on data, load the adapter and call fit_alpha." if text == "auto" else ""
+        raise argparse.ArgumentTypeError(f"must be a number or 'norm', got {text!r}.{hint}") from None
 
 
 def _names_or_pattern(names: list[str] | None) -> list[str] | str | None:

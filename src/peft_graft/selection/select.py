@@ -83,6 +83,7 @@ class Selector:
         seed: Seed of the rule.
         candidate_ratio: How many times the budget to take, >= 1, for a mask that is trained among them.
         held_at_once: How many entries may be selected in one pass. Default: of files 21 million, of memory all.
+        measures_energy: Whether to sum up the squares of all deltas on the way.
 
     Attributes:
         eligible: Number of entries that the budget is a share of.
@@ -102,6 +103,7 @@ class Selector:
         seed: int = 0,
         candidate_ratio: float = 1.0,
         held_at_once: int | None = None,
+        measures_energy: bool = False,
     ) -> None:
         if rule is not None and rule.blocks == "never" and not source.whole_tensors:
             raise SelectionError(
@@ -120,6 +122,12 @@ class Selector:
         self._generator: torch.Generator | None = None
         self._dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         self.differs = False
+        self._energies: dict[tuple[str, int], float] | None = {} if measures_energy else None
+
+    @property
+    def energy(self) -> float:
+        """Return ||delta||^2 over all eligible entries; known after a selection that measures it."""
+        return math.fsum((self._energies or {}).values())
 
     @property
     def wanted(self) -> int:
@@ -223,7 +231,7 @@ class Selector:
             index, *found = best.shortlist(block.name, scores, *carried)
             return index if near is None else near[index], *found
 
-        found = self._source.map(shortlist, list(best_of), self._workers)
+        found = self._map(shortlist, list(best_of), self._workers)
         for best, group in groupby(found, key=lambda each: best_of[each[0].name]):
             for span, columns in group:
                 best.offer(span.name, span.size, *columns)
@@ -235,7 +243,7 @@ class Selector:
             def count_block(block: Block) -> Counts:
                 return histogram(self._scores_without_nan(block).flatten()[_changed(block)])
 
-            return (counts for _, counts in self._source.map(count_block, names, self._workers))
+            return (counts for _, counts in self._map(count_block, names, self._workers))
 
         threshold, ties = find_threshold(count_all, count)
 
@@ -257,7 +265,7 @@ class Selector:
         def sum_of(block: Block) -> tuple[float, bool]:
             return float(self._scores_without_nan(block).double().sum()), bool(_changed(block).any())
 
-        for span, (sum_of_scores, differs) in self._source.map(sum_of, workers=self._workers):
+        for span, (sum_of_scores, differs) in self._map(sum_of, workers=self._workers):
             units.add(span.name, sum_of_scores, span.size, differs)
         return units.select(sum(count for _, count in self._pools()))
 
@@ -277,11 +285,27 @@ class Selector:
             index = true_indices(mask).cpu()
             return index + block.start, *(gather(values, index) for values in carry(block))
 
-        found = self._source.map(take, names, workers)
+        found = self._map(take, names, workers)
         for name, group in groupby(found, key=lambda each: each[0].name):
             parts = [columns for _, columns in group if columns[0].numel()]
             if parts:
                 yield name, tuple(map(join, zip(*parts, strict=True)))
+
+    def _map(
+        self, work: Callable[[Block], T], names: Iterable[str] | None = None, workers: int | None = None
+    ) -> Iterator[tuple[Span, T]]:
+        """Call a function on every block of the source, and measure the energy on the way, once for each block."""
+        energies = self._energies
+        if energies is None:
+            return self._source.map(work, names, workers)
+
+        def measured(block: Block) -> T:
+            if (block.name, block.start) not in energies:
+                norm = torch.linalg.vector_norm(self._source.delta(block), dtype=torch.float64)
+                energies[block.name, block.start] = float(norm) ** 2
+            return work(block)
+
+        return self._source.map(measured, names, workers)
 
     def _delta(self, block: Block) -> torch.Tensor:
         delta = self._source.delta(block)

@@ -31,6 +31,7 @@ from ..checkpoints.pairing import (
 )
 from ..checkpoints.wrappers import unwrap
 from ..selection.budget import Budget, capped_note
+from ..selection.norm_alpha import energy_of, estimated_note, norm_alpha
 from ..selection.rules import get_rule
 from ..selection.select import Selector
 from .backends.sharded import WholeTensors, whole_shape
@@ -210,6 +211,7 @@ class PatchBuilder:
             measured=measured,
             seed=config.seed,
             candidate_ratio=config.candidate_ratio if trained else 1.0,
+            measures_energy=config.alpha == "norm",
         )
         chosen = selector.indices()
         if not selector.differs:
@@ -221,7 +223,19 @@ class PatchBuilder:
         if note := capped_note(budget, selector.wanted, entries, selector.eligible):
             _LOG.warning(note)
         config.note(eligible=selector.eligible, entries=entries)
+        if config.alpha == "norm":
+            config.alpha = norm_alpha(selector.energy, self._energy(adapter_name, chosen))
+            _LOG.warning(estimated_note(config.alpha))
         state.ready = config.alpha != "auto" and rule.kind != "procedure"
+
+    def _energy(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> float:
+        """Return the sum of the squares of the deltas that a patch takes."""
+        energy, targets = 0.0, self.targets(adapter_name)
+        for name, index in chosen.items():
+            layer, param = targets[name]
+            after = layer.slot(adapter_name).values(layer.keys[param]).cpu()
+            energy += energy_of(after, layer.base_entries(param, index.to(layer.base_parameter(param).device)).cpu())
+        return energy
 
     def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:
         """Build the patch from a mask that is already known.

@@ -64,8 +64,8 @@ class GraftConfig(PeftConfig):
         candidate_ratio: Number of entries that a learned mask may choose from, as a multiple of the budget, >= 1: the
             entries with the largest |delta|.
         alpha: Scale of the patch: 1 writes the donor's bits; any other number writes base + alpha * (donor - base);
-            `"auto"` is fitted by `initialize_graft` on calibration data. Once fitted, the number, or one number per
-            tensor.
+            `"auto"` is fitted by `initialize_graft` on calibration data; `"norm"` is estimated from the norms of the
+            delta and of its largest entries, without data. Once known, the number, or one number per tensor.
         alpha_scope: What `alpha="auto"` fits: `"global"`, one number, or `"tensor"`, one per tensor.
         target_modules: Names (suffixes) or a regular expression of the modules to graft. Default: every leaf module
             that owns parameters except the embeddings and the head; `"all"` takes these too.
@@ -169,8 +169,15 @@ class GraftConfig(PeftConfig):
         if not (_is_number(self.candidate_ratio) and self.candidate_ratio >= 1):
             yield problem("candidate_ratio", "a number >= 1", "It multiplies the budget.")
         alphas = self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]
-        if self.alpha != "auto" and not all(_is_number(alpha) for alpha in alphas):
-            yield problem("alpha", "a finite number, numbers by tensor name, or 'auto'", "1 grafts the donor's values.")
+        if self.alpha not in ("auto", "norm") and not all(_is_number(alpha) for alpha in alphas):
+            yield problem(
+                "alpha", "a finite number, numbers by tensor name, 'auto' or 'norm'", "1 grafts the donor's values."
+            )
+        if self.alpha == "norm" and (self.selection != "magnitude" or self.alpha_scope != "global"):
+            yield (
+                "alpha must be a number or 'auto' but for one scale of a magnitude mask, got 'norm' with "
+                f"selection={self.selection!r} and alpha_scope={self.alpha_scope!r}. The estimate holds for that only."
+            )
         if self.alpha_scope not in _SCOPES:
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
         if rule is not None and rule.trains_mask and self.granularity != "entry":

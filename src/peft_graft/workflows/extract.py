@@ -46,6 +46,7 @@ from ..patch.packing import PackedTensor, pack_tensor
 from ..patch.patch import Fingerprint, TensorPatch, pack_rows
 from ..peft_compat.transformers_names import modeling_auto
 from ..selection.budget import Budget, capped_note
+from ..selection.norm_alpha import energy_of, estimated_note, norm_alpha
 from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
@@ -93,7 +94,7 @@ def extract(
     target_modules: Collection[str] | str | None = None,
     exclude_modules: Collection[str] | str | None = None,
     modules_to_save: list[str] | None = None,
-    alpha: float = 1.0,
+    alpha: float | str = 1.0,
     allow_extra: bool = False,
     task_type: str | None = None,
     seed: int = 0,
@@ -127,7 +128,7 @@ def extract(
             embeddings and head; with `exact`, `"all"`.
         exclude_modules: Names or a regular expression of modules to leave alone.
         modules_to_save: Modules to take whole from the donor.
-        alpha: Scale of the patch; 1 gives the donor's bits.
+        alpha: Scale of the patch; 1 gives the donor's bits, and `"norm"` is estimated without data (magnitude only).
         allow_extra: Accept a donor with tensors for which the base has no place, and take only what both have.
         task_type: PEFT's task type, such as `"CAUSAL_LM"`. Default: the task of the donor's architecture.
         seed: Seed of the rule `"random"`.
@@ -394,7 +395,8 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
     """Select the entries and write the adapter."""
     pairs = opened.pairs
     budget = Budget(config.density, config.num_params, config.budget_scope, config.granularity)
-    selector = Selector(pairs, None if exact else get_rule(config.selection), budget, seed=config.seed)
+    rule, estimates = None if exact else get_rule(config.selection), config.alpha == "norm"
+    selector = Selector(pairs, rule, budget, seed=config.seed, measures_energy=estimates)
     # The configuration is put in place last: until then, the old one refuses the new tensors.
     with ExitStack() as stack:
         directory = stack.enter_context(atomic_directory(target, last=CONFIG_NAME))
@@ -405,6 +407,10 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
             packed = _encode(selector, *map(_SpillFile, files))
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
+        if estimates:
+            alpha = norm_alpha(selector.energy, packed.energy)
+            opened.peft_model.peft_config[_ADAPTER].alpha = alpha
+            _LOG.warning(estimated_note(alpha))
         _install(opened.peft_model, packed, selector.eligible, exact)
         carry_card(target, directory)
         # Rows of embeddings travel as any other; PEFT would look for the base's config.json to tell.
@@ -475,13 +481,14 @@ class _PackedPatch:
     tensors: dict[str, torch.Tensor]
     base_values: dict[str, torch.Tensor]
     entries: int
+    energy: float
 
 
 def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile) -> _PackedPatch:
     """Encode the selected entries tensor by tensor, several tensors at a time."""
     rows: dict[str, tuple[str, list[int]]] = {}
     base_values: dict[str, _Slice] = {}
-    entries = 0
+    entries, energy = 0, 0.0
     workers = min(torch.get_num_threads(), MAX_WORKERS)
     with worker_pool(workers) as pool:
         found = map_in_order(pool, _encode_one, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
@@ -490,7 +497,8 @@ def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile) -> _P
             spill.append(packed.data)
             base_values[selected.name] = base_spill.put(selected.base)
             entries += selected.indices.numel()
-    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries)
+            energy += energy_of(selected.donor, selected.base)
+    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries, energy)
 
 
 def _count(selected: Selected) -> int:

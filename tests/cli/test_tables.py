@@ -70,7 +70,7 @@ def test_a_diff_has_a_row_per_layer_or_tensor(capsys: pytest.CaptureFixture[str]
     print_diff(found, "layer")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["layer", "h.2", "h.10", "all"]
-    assert lines[1].split() == ["h.2", "20", "50.00%", "1.00e-01", "2.828", "2.00e+00", "0.500000", "1.00e+00"]
+    assert lines[1].split() == ["h.2", "20", "50.00%", "1.00e-01", "2.828", "2.00e+00", "60°", "1.00e+00"]
     assert lines[4:] == ["only in the base: 1 (x)", "only in the donor: 7 (y0, y1, y2, y3, y4, ...)"]
     print_diff(found, "tensor")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:6]] == [

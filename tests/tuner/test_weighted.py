@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def test_donors_in_another_dtype_than_the_base(dtype: torch.dtype, alpha: float)
         model.add_weighted_adapter(["y"], [1.0], "copy")
         copied, original = model.patch("copy").tensors, model.patch("y").tensors
         assert all(same_bits(copied[name].values, part.values) for name, part in original.items())
+
+
+def test_an_adapter_that_drowns_the_others_is_told_with_weights_that_help(caplog: pytest.LogCaptureFixture) -> None:
+    model = several(tiny_llama(), alphas=(16.0, 1.0))
+    model.base_model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "loud", "linear")
+    (line,) = [record.getMessage() for record in caplog.records if "add about as much" in record.getMessage()]
+    weights = json.loads(re.search(r"weights=(\[.*?\])", line)[1])
+    assert weights[1] / weights[0] == pytest.approx(16, rel=0.1)
+    caplog.clear()
+    model.base_model.add_weighted_adapter(["x", "y"], weights, "even", "linear")
+    assert caplog.records == []
 
 
 def test_a_learned_mask_contributes_its_exact_mask() -> None:

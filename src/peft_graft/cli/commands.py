@@ -347,7 +347,7 @@ COMMANDS: tuple[Command, ...] = (
         "diff",
         "show how far apart two checkpoints are, layer by layer",
         "Compare two checkpoints layer by layer: the share of entries that differ, and their distances (mean |d|, |d| "
-        "and cosine). It shows which layers were fine-tuned, and so which to target.",
+        "and the angle between them). It shows which layers were fine-tuned, and so which to target.",
         """\
   peft-graft diff org/base org/finetuned
   peft-graft diff ./base ./donor --by tensor --json > distances.json""",

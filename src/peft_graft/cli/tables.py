@@ -80,7 +80,7 @@ def print_inspection(found: InspectResult) -> None:
 def print_diff(found: DiffResult, by: str) -> None:
     """Print the result of `diff`, with one row for each layer (`by="layer"`) or tensor (`by="tensor"`)."""
     distances = found.tensors if by == "tensor" else found.by_layer()
-    header = (by, "entries", "differ", "mean |d|", "|d|", "|d|/|base|", "cosine", "max |d|")
+    header = (by, "entries", "differ", "mean |d|", "|d|", "|d|/|base|", "angle", "max |d|")
     print_table(header, [_row(each) for each in [*distances, found.total]])
     for what, names in (
         ("only in the base", found.only_in_base),
@@ -100,7 +100,7 @@ def _row(each: Distance) -> tuple[str, ...]:
         f"{each.l1_mean:.2e}",
         f"{each.l2:.4g}",
         f"{each.l2_relative:.2e}",
-        f"{each.cosine:.6f}",
+        f"{180 * each.angle:.3g}°",
         f"{each.largest:.2e}",
     )
 

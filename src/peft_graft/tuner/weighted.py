@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +19,11 @@ from .modules_to_save import choose_modules
 from .parameter_hooks import ParameterHooks
 from .state_dict import live_patch
 
-_ORIGIN = (
-    "donor",
-    "donor_revision",
-    "donor_subfolder",
-    "selection",
-    "alpha",
-)  # fields of a source that the new graft records
+# Fields of a source that the new graft records.
+_ORIGIN = ("donor", "donor_revision", "donor_subfolder", "selection", "alpha")
+# Where the scaled deltas of two adapters differ by more than this factor, the larger one drowns the other.
+_MAX_RATIO = 4.0
+_LOG = logging.getLogger(__name__)
 
 
 def read_patch(tuner: PatchBuilder, adapter_name: str, with_alpha: bool) -> Patch:
@@ -80,6 +80,8 @@ def combine(
     ]
     require_float(tuner._layers(), "combined")
     base = base or _base(tuner, adapters)
+    if note := _unequal_note(adapters, weights, [_norm(*each, base) for each in zip(patches, scaled, strict=True)]):
+        _LOG.warning(note)
     patch = stitch(patches, scaled, combination_type, base=base)
     if not patch.num_params:
         raise ValueError(
@@ -102,6 +104,29 @@ def combine(
         },
     )
     return config, patch, sources
+
+
+def _norm(patch: Patch, scales: Mapping[str, Any], base: Callable[[str, torch.Tensor], torch.Tensor]) -> float:
+    """Return the norm of what a patch adds to the base: ||scale * mask * delta||."""
+    parts = (
+        float(scales[name]) * float((part.values.float() - base(name, part.indices).float()).norm())
+        for name, part in patch.plain.items()
+    )
+    return math.hypot(*parts)
+
+
+def _unequal_note(adapters: Sequence[str], weights: Sequence[float], norms: Sequence[float]) -> str | None:
+    """Return a line where one adapter is so much larger than another that the sum behaves like it alone."""
+    found = {name: norm for name, norm in zip(adapters, norms, strict=True) if norm}
+    if len(found) < 2 or max(found.values()) <= _MAX_RATIO * min(found.values()):
+        return None
+    target = math.exp(math.fsum(map(math.log, found.values())) / len(found))
+    even = [round(weight * target / norm, 3) if norm else weight for weight, norm in zip(weights, norms, strict=True)]
+    listed = ", ".join(f"{name} {norm:.3g}" for name, norm in found.items())
+    return (
+        f"adapters should add about as much each, got norms of alpha * weight * delta of {listed}: the largest decides "
+        f"where they differ. weights={even} would make them equal."
+    )
 
 
 def _origins(

@@ -72,7 +72,7 @@ class Distance:
     @property
     def angle(self) -> float:
         """Angle between b and d as a share of 180 degrees, in [0, 1]; NaN if b or d is zero."""
-        return math.acos(self.cosine) / math.pi
+        return math.acos(self.cosine) / math.pi if self.l2 else 0.0 * self.cosine  # rounding would leave some
 
     def add(self, other: Distance) -> None:
         """Add the entries of another distance to this one."""

@@ -51,7 +51,7 @@ from peft_graft.tuner.config import GraftRecord
         ({"granularity": "layer", "selection": "learned"}, "granularity must be 'entry' with selection='learned'"),
         ({"granularity": "tensor", "selection": "sigmoid"}, "granularity must be 'entry' with selection='sigmoid'"),
         ({"candidate_ratio": 0.5}, r"candidate_ratio must be a number >= 1, got 0\.5"),
-        ({"alpha": "best"}, "alpha must be a finite number, numbers by tensor name, or 'auto', got 'best'"),
+        ({"alpha": "best"}, "alpha must be a finite number, numbers by tensor name, 'auto' or 'norm', got 'best'"),
         ({"alpha": float("inf")}, "alpha must be a finite number"),
         ({"alpha": {"a": "b"}}, "alpha must be a finite number"),
         ({"alpha_scope": "layer"}, r"alpha_scope must be one of \['global', 'tensor'\], got 'layer'"),
@@ -183,7 +183,7 @@ def test_an_adapter_of_0_1_0_is_read(tmp_path: Path) -> None:
 def test_the_fields_of_0_1_0_are_read_as_those_of_today(read: Callable[[Path], GraftConfig], tmp_path: Path) -> None:
     today = GraftConfig(density=0.1, budget_scope="tensor", candidate_ratio=3.0, record=GraftRecord(entries=5))
     old = today.to_dict() | {"scope": "tensor", "candidates": 3.0, "peft_type": "GRAFT"} | today.to_dict()["record"]
-    for name in ("budget_scope", "candidate_ratio", "record", "hub_ids"):
+    for name in ("budget_scope", "candidate_ratio", "record", "hub_ids", "base_subfolder"):
         del old[name]
     (tmp_path / "adapter_config.json").write_text(json.dumps(old))
     assert read(tmp_path) == today

@@ -10,6 +10,8 @@ from .selection.rules import RULES, register_rule
 from .selection.topk import SelectionError
 from .training.alpha import fit_alpha
 from .training.callbacks import AlphaCallback
+from .training.donor_objective import DonorObjectiveMixin, donor_loss, store_donor_outputs
+from .training.donor_outputs import DonorOutputs
 from .training.initialize import initialize_graft
 from .tuner import GraftConfig, GraftModel
 from .workflows.diff import diff
@@ -24,12 +26,15 @@ __all__ = [
     "RULES",
     "AlphaCallback",
     "DonorError",
+    "DonorObjectiveMixin",
+    "DonorOutputs",
     "GraftConfig",
     "GraftModel",
     "Patch",
     "PatchError",
     "SelectionError",
     "diff",
+    "donor_loss",
     "export",
     "extract",
     "fit_alpha",
@@ -39,4 +44,5 @@ __all__ = [
     "register_combination",
     "register_rule",
     "stitch",
+    "store_donor_outputs",
 ]

@@ -15,7 +15,9 @@ from torch import nn
 from ..tuner import GraftModel
 from ..tuner.backends import collectives
 from ..tuner.backends.sharded import is_sharded
-from .loss import LossFn, batch_size, default_loss, evaluating, mean_loss
+from .donor_objective import objective_loss
+from .in_use import find_tuner, require_in_use
+from .loss import LossFn, batch_size, evaluating, mean_loss
 
 _STEP = math.log(3.0)
 _LIMIT = math.log(1e5)
@@ -40,41 +42,12 @@ class AlphaFit:
     passes: int
 
 
-def find_tuner(model: nn.Module) -> GraftModel:
-    """Find the graft model inside a PeftModel (or a wrapper around one).
-
-    Raises:
-        ValueError: There is none.
-    """
-    for module in model.modules():
-        if isinstance(module, GraftModel):
-            return module
-    raise ValueError(
-        f"model must contain a graft, got {type(model).__name__}. Wrap it with get_peft_model(base, GraftConfig(...))."
-    )
-
-
-def require_in_use(tuner: GraftModel, adapter_name: str) -> None:
-    """Refuse to look at the loss of a model that would not show the adapter, or not the base.
-
-    Raises:
-        ValueError: The adapter is not active, or something is merged.
-    """
-    if adapter_name not in tuner.active_adapters:
-        raise ValueError(
-            f"adapter_name must be an active adapter, got {adapter_name!r} while {tuner.active_adapters} are active. "
-            f"Call model.set_adapter({adapter_name!r}) first."
-        )
-    if any(layer.merged for layer in tuner._layers()):
-        raise ValueError("model must be unmerged, got a merged one. Call model.unmerge_adapter() first.")
-
-
 def fit_alpha(
     model: nn.Module,
     dataloader: Iterable[Any],
     *,
     adapter_name: str = "default",
-    loss_fn: LossFn = default_loss,
+    loss_fn: LossFn | None = None,
     alpha_scope: str | None = None,
     show_progress_bar: bool = True,
 ) -> AlphaFit:
@@ -88,9 +61,10 @@ def fit_alpha(
 
     Args:
         model: A model with a complete mask.
-        dataloader: Calibration batches with labels: neither the mask's training data nor test data.
+        dataloader: Calibration batches, with labels unless the config's objective is `"donor"`: neither the mask's
+            training data nor test data.
         adapter_name: Name of the adapter; its config records the result.
-        loss_fn: Mean loss of a batch; default `model(**batch).loss`.
+        loss_fn: Mean loss of a batch; default the config's objective: `model(**batch).loss` or `donor_loss`.
         alpha_scope: `"global"` or `"tensor"`; default the config's.
         show_progress_bar: Show a progress bar.
 
@@ -108,6 +82,7 @@ def fit_alpha(
     batches = list(dataloader)
     _require_batches(model, batches)
     require_in_use(tuner, adapter_name)
+    loss_fn = objective_loss(model, batches, adapter_name, loss_fn, show_progress_bar)
     with evaluating(model), tqdm(desc="fitting alpha", unit="pass", disable=not show_progress_bar, leave=False) as bar:
         try:
             fit = _fit_one(model, tuner, adapter_name, batches, loss_fn, bar)

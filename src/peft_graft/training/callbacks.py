@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from ..peft_compat.transformers_names import PREFIX_CHECKPOINT_DIR
 from ..tuner.mask import GraftState
-from .alpha import AlphaFit, find_tuner, fit_alpha
-from .measure import LossFn, default_loss
+from .alpha import AlphaFit, fit_alpha
+from .in_use import find_tuner
+from .loss import LossFn
 
 COMPLETE = "complete"  # a file in a checkpoint's folder, written when every rank has written its part
 _ALPHA = "graft_alpha"  # the key of alpha in a Trainer's log, which its checkpoints keep
@@ -84,7 +85,7 @@ class AlphaCallback(GraftCallback):
         rounds: int = 2,
         head_start: float = 3.0,
         adapter_name: str = "default",
-        loss_fn: LossFn = default_loss,
+        loss_fn: LossFn | None = None,
     ) -> None:
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds!r}. Leave the callback out instead.")

@@ -12,8 +12,10 @@ from torch import nn
 from ..selection.rules import get_rule
 from ..tuner import GraftModel
 from ..tuner.backends import collectives
-from .alpha import AlphaFit, find_tuner, fit_alpha, require_in_use
-from .loss import LossFn, default_loss
+from .alpha import AlphaFit, fit_alpha
+from .donor_objective import objective_loss
+from .in_use import find_tuner, require_in_use
+from .loss import LossFn
 from .measure import measure
 from .procedure import sigmoid_mask
 
@@ -26,7 +28,7 @@ def initialize_graft(
     *,
     calibration: Iterable[Any] | None = None,
     adapter_name: str = "default",
-    loss_fn: LossFn = default_loss,
+    loss_fn: LossFn | None = None,
     steps: int = 10,
     show_progress_bar: bool = True,
 ) -> AlphaFit | None:
@@ -39,11 +41,12 @@ def initialize_graft(
 
     Args:
         model: From `get_peft_model(base, GraftConfig(...))`; not yet sharded by FSDP or ZeRO-3.
-        dataloader: Batches with labels, best of examples that the donor was not trained on.
+        dataloader: Batches, with labels unless the config's objective is `"donor"`; best of examples that the donor was
+            not trained on.
         calibration: Batches that alpha is fitted on. Default: all of `dataloader` where the mask is made without
             data, else every fourth batch of it, which the mask then does not see.
         adapter_name: Name of the adapter.
-        loss_fn: Mean loss of a batch; default `model(**batch).loss`.
+        loss_fn: Mean loss of a batch; default the config's objective: `model(**batch).loss` or `donor_loss`.
         steps: Steps of `selection="sigmoid"`, each one pass over the data.
         show_progress_bar: Show progress bars.
 
@@ -60,6 +63,8 @@ def initialize_graft(
     config, state = tuner.peft_config[adapter_name], tuner.states[adapter_name]
     require_in_use(tuner, adapter_name)
     batches, held_out = _share_out(dataloader, calibration, config)
+    seen = [*batches, *held_out] if held_out is not batches else batches
+    loss_fn = objective_loss(model, seen, adapter_name, loss_fn, show_progress_bar)
     rule = get_rule(config.selection)
     if rule.kind == "procedure":
         mask = sigmoid_mask(

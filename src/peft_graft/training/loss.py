@@ -28,12 +28,24 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     Raises:
         ValueError: The model returns no loss.
     """
-    output = model(**batch)
+    return loss_of(model(**batch), batch)
+
+
+def loss_of(output: Any, batch: Any) -> torch.Tensor:
+    """Return the loss in a model's output.
+
+    Args:
+        output: With a `loss`.
+        batch: The batch that it is for, for the message.
+
+    Raises:
+        ValueError: There is no loss.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
             f"batch must make the model return a loss, got keys {sorted(batch)}. "
-            "Include labels, or pass loss_fn=lambda model, batch: ..."
+            "Include labels, pass loss_fn=lambda model, batch: ..., or use objective='donor', which needs none."
         )
     return loss
 

@@ -23,6 +23,7 @@ from ..selection.rules import RULES
 VALUES = ("donor", *VALUE_CODES)
 _SCOPES = ("global", "tensor")
 _GRANULARITIES = ("entry", "tensor", "layer")
+_OBJECTIVES = ("labels", "donor")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class GraftConfig(PeftConfig):
             is float32(base + scale * level): `"sign"` (1 bit; the scale is the mean |delta| of the tensor), `"int4"`
             or `"int8"` (a scale for 128 successive entries). A learned mask is trained with the coded values.
         alpha_scope: What `alpha="auto"` fits: `"global"`, one number, or `"tensor"`, one per tensor.
+        objective: What scores, masks and alpha are fitted to: `"labels"`, the model's own loss, or `"donor"`,
+            KL(donor || graft), the donor's own outputs, for which rows need no labels.
+        donor_weight: Weight of KL(donor || graft) with `objective="donor"`, in [0, 1]; the rest is that of the labels.
         target_modules: Names (suffixes) or a regular expression of the modules to graft. Default: every leaf module
             that owns parameters except the embeddings and the head; `"all"` takes these too.
         target_parameters: Names (suffixes) of bare parameters to graft.
@@ -109,6 +113,12 @@ class GraftConfig(PeftConfig):
     alpha: Any = field(default=1.0, metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
     values: str = field(default="donor", metadata={"help": f"What is stored of an entry, one of {list(VALUES)}."})
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one for each tensor."})
+    objective: str = field(
+        default="labels", metadata={"help": "Fit to 'labels', or to the outputs of the 'donor', which needs no labels."}
+    )
+    donor_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the donor's outputs with objective='donor'; labels have the rest."}
+    )
     target_modules: Collection[str] | str | None = field(
         default=None, metadata={"help": "Modules to graft; default all but embeddings and head; 'all' for every one."}
     )
@@ -190,6 +200,10 @@ class GraftConfig(PeftConfig):
             yield problem("values", "'donor' with donor='zeros'", "Its values are all 0 and are not stored.")
         if self.alpha_scope not in _SCOPES:
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
+        if self.objective not in _OBJECTIVES:
+            yield problem("objective", f"one of {list(_OBJECTIVES)}", "Use 'donor' for rows without labels.")
+        if not (_is_number(self.donor_weight) and 0 <= self.donor_weight <= 1):
+            yield problem("donor_weight", "a number in [0, 1]", "1 follows the donor alone.")
         if rule is not None and rule.trains_mask and self.granularity != "entry":
             yield problem("granularity", f"'entry' with selection={self.selection!r}", "Only entries are trained.")
         if self.budget_scope == "tensor" and (self.num_params is not None or self.granularity != "entry"):

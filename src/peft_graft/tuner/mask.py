@@ -208,6 +208,7 @@ class GraftState:
         self.trial: float | dict[str, torch.Tensor] | None = None  # the alpha that a fit is looking at
         self.awaits_file = False  # whether the patch is still to come from a file
         self.ready = False  # whether the patch is complete, so that it may be saved or merged
+        self.donor_outputs: Any = None  # what the donor says about rows of data, see `training.donor_outputs`
         self.waits_for_data = False  # whether there is no patch yet, because its rule needs data
         self.packed: dict[str, torch.Tensor] | None = None  # the tensors of the file, of a patch made without the model
         self._members: dict[str, tuple[Slot, str]] = {}

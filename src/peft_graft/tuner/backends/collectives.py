@@ -59,14 +59,40 @@ def all_reduce_min_max(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return [(-low, high) for low, high in zip(smallest, largest, strict=True)]
 
 
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Join tensors of all ranks along their first dimension, in which they may differ.
+
+    Args:
+        tensor: Of the same dtype and the same other dimensions on every rank.
+
+    Returns:
+        The rows of all ranks in order, on the same device, the same on every rank.
+    """
+    if world_size() == 1:
+        return tensor
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[distributed.get_rank()] = tensor.shape[0]
+    sizes = all_reduce_sum(sizes)
+    there = tensor.to(_device_of(tensor)).contiguous()
+    padded = there.new_zeros((int(sizes.max()), *there.shape[1:]))
+    padded[: there.shape[0]] = there
+    found = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(found, padded)
+    return torch.cat([each[:size] for each, size in zip(found, sizes.tolist(), strict=True)]).to(tensor.device)
+
+
 def _state() -> PartialState:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)  # which has no effect after the first time
 
 
 def _all_reduce(tensor: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
-    # NCCL and its like reduce what is on their own devices only; a model may still be on the CPU.
-    on_cpu = tensor.device.type == "cpu" and distributed.get_backend() not in ("gloo", "mpi")
-    there = tensor.to(_state().device) if on_cpu else tensor.contiguous()
+    there = tensor.to(_device_of(tensor)).contiguous()
     distributed.all_reduce(there, operation)
     return there.to(tensor.device)
+
+
+def _device_of(tensor: torch.Tensor) -> torch.device:
+    """Return where a tensor can be reduced: NCCL and its like take what is on their own devices only."""
+    on_cpu = tensor.device.type == "cpu" and distributed.get_backend() not in ("gloo", "mpi")
+    return _state().device if on_cpu else tensor.device

@@ -14,6 +14,7 @@ from .training.donor_objective import DonorObjectiveMixin, donor_loss, store_don
 from .training.donor_outputs import DonorOutputs
 from .training.initialize import initialize_graft
 from .tuner import GraftConfig, GraftModel
+from .workflows.compress import compress
 from .workflows.diff import diff
 from .workflows.export import export
 from .workflows.extract import extract
@@ -33,6 +34,7 @@ __all__ = [
     "Patch",
     "PatchError",
     "SelectionError",
+    "compress",
     "diff",
     "donor_loss",
     "export",

@@ -77,6 +77,12 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
         "--alpha", type=_number_or_norm, default=1.0, metavar="NUMBER|norm",
         help="scale of the patch; 1 (default) gives donor's bits, norm estimates it from the norms of the delta",
     )  # fmt: skip
+    parser.add_argument(
+        "--values",
+        default="donor",
+        choices=("donor", "sign", "int4", "int8"),
+        help="what is stored of an entry: the donor's value (default), or a code of its delta, of 1, 4 or 8 bits",
+    )
     parser.add_argument("--task-type", metavar="TYPE", help="PEFT's, such as CAUSAL_LM; default: the donor's class")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rule random; default 0")
     _add_token(parser)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from ..checkpoints.donor import MAX_LISTED
 from ..checkpoints.pairing import FLOAT_DTYPES, count_nonfinite
 from .index_codec import MAX_NUMEL, broken, check_indices
 
@@ -31,6 +36,10 @@ class TensorPatch:
     def count(self) -> int:
         """Number of replaced entries."""
         return self.indices.numel()
+
+    def to(self, device: torch.device | str) -> TensorPatch:
+        """Return the same on another device."""
+        return TensorPatch(self.indices.to(device), self.values.to(device))
 
     def validate(self, name: str, numel: int = MAX_NUMEL) -> None:
         """Check that the indices and values can be written into a tensor.
@@ -182,31 +191,51 @@ class ScaledTensor(CodedTensor):
     def decode(self, base: torch.Tensor, name: str = "") -> TensorPatch:
         """Compute the replacement values (see `CodedTensor.decode`)."""
         entries = base.detach().reshape(-1)[self.indices.to(base.device)].cpu()
-        values = decode_levels(entries, self.levels.cpu(), self.scales.cpu(), self.value_code)
+        values = self.to("cpu").decode_entries(entries)
         if bad := count_nonfinite(values):
             raise broken("decoded values", "finite", f"{bad} NaN or Inf", name)
         return TensorPatch(self.indices.cpu(), values)
 
+    def decode_entries(self, base: torch.Tensor) -> torch.Tensor:
+        """Compute float32(base + float32(scale * level)).
 
-def decode_levels(base: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, code: ValueCode) -> torch.Tensor:
-    """Compute float32(base + float32(scale * level)).
+        Args:
+            base: The base's values at the entries, floating-point [n], on the device of the levels.
 
-    Args:
-        base: The base's values at the entries, floating-point [n].
-        levels: int8 [n].
-        scales: float32 [k], as many as `code` has for n entries.
-        code: The code.
+        Returns:
+            The replacement values, float32 [n].
+        """
+        block = self.value_code.block
+        scales = self.scales.repeat_interleave(block)[: self.count] if block else self.scales
+        return base.detach().float() + scales * self.levels.float()
 
-    Returns:
-        The replacement values, float32 [n].
+    def to(self, device: torch.device | str) -> ScaledTensor:
+        """Return the same on another device."""
+        return ScaledTensor(
+            self.entry_indices.to(device), self.levels.to(device), self.scales.to(device), self.value_code
+        )
+
+
+class CodeLoss(NamedTuple):
+    """What a code loses of a tensor's deltas.
+
+    Attributes:
+        lost: ||coded - delta||.
+        norm: ||delta||.
     """
-    of_entry = scales.repeat_interleave(code.block)[: levels.numel()] if code.block else scales
-    return base.detach().float() + of_entry * levels.float()
+
+    lost: float
+    norm: float
+
+    @property
+    def share(self) -> float:
+        """Lost share of the norm."""
+        return self.lost / self.norm if self.norm else 0.0
 
 
 def encode_values(
     indices: torch.Tensor, donor: torch.Tensor, base: torch.Tensor, code: ValueCode
-) -> tuple[ScaledTensor, float]:
+) -> tuple[ScaledTensor, CodeLoss]:
     """Encode the values of one tensor's entries.
 
     A sign's scale is the mean |delta|, which loses the least: cv / sqrt(1 + cv^2) of the norm, with cv the coefficient
@@ -219,22 +248,74 @@ def encode_values(
         code: The code.
 
     Returns:
-        The coded entries, and what the code loses: ||coded - delta|| / ||delta||.
+        The coded entries, and what the code loses.
     """
-    delta = donor.detach().double() - base.detach().float().double()
+    delta = donor.detach().double() - base.detach().to(donor.device).float().double()
     sizes = delta.abs()
     if code.block is None:
-        scales = sizes.mean(0, keepdim=True) if delta.numel() else sizes
-        levels = torch.where(delta < 0, -1.0, 1.0).double()
+        scales = sizes.mean(0, keepdim=True).float() if delta.numel() else sizes.float()
+        of_entry, levels = scales.double(), torch.where(delta < 0, -1.0, 1.0).double()
     else:
-        padded = torch.nn.functional.pad(sizes, (0, -sizes.numel() % code.block))
-        scales = padded.view(-1, code.block).amax(1) / code.max_level
-    scales = scales.float()
-    of_entry = (scales.repeat_interleave(code.block)[: delta.numel()] if code.block else scales).double()
-    if code.block is not None:
+        blocks = functional.pad(sizes, (0, -sizes.numel() % code.block)).view(-1, code.block)
+        scales = (blocks.amax(1) / code.max_level).float()
+        of_entry = scales.double().repeat_interleave(code.block)[: delta.numel()]
         levels = torch.where(of_entry > 0, delta / of_entry, 0.0).round().clamp(-code.max_level, code.max_level)
-    lost, norm = float((levels * of_entry - delta).norm()), float(delta.norm())
-    return ScaledTensor(indices, levels.to(torch.int8), scales, code), lost / norm if norm else 0.0
+    loss = CodeLoss(float((levels * of_entry - delta).norm()), float(delta.norm()))
+    return ScaledTensor(indices, levels.to(torch.int8), scales, code), loss
+
+
+def encode_candidates(donor: torch.Tensor, base: torch.Tensor, mask: torch.Tensor, code: ValueCode) -> torch.Tensor:
+    """Compute the values that a mask's candidates have in a code, while the mask trains.
+
+    Those that the mask takes are exactly what `encode_values` makes of them alone, so that what is trained is what is
+    saved. The others only tell the gradient where they would go: by a sign with the same scale, else to the donor.
+
+    Args:
+        donor: The donor's values, floating-point [n].
+        base: The base's values, floating-point [n].
+        mask: The exact mask, bool [n].
+        code: The code.
+
+    Returns:
+        float32 [n].
+    """
+    values, start, taken = donor.detach().float().clone(), base.detach().float(), mask.nonzero().flatten()
+    if code.block is None:
+        scale = _mean_size(donor[taken], base[taken]) if taken.numel() else _mean_size(donor, base)
+        values = start + scale * torch.where(donor.detach().double() < start.double(), -1.0, 1.0)
+    elif taken.numel():
+        coded, _ = encode_values(taken, donor[taken], base[taken], code)
+        values[taken] = coded.decode_entries(base[taken])
+    return values
+
+
+def describe_loss(losses: Mapping[str, CodeLoss], code: ValueCode) -> str | None:
+    """Return a line that names the tensors in which a code loses more than `MAX_ERROR`, None if there are none.
+
+    Args:
+        losses: What the code loses, by tensor name.
+        code: The code.
+    """
+    worst = sorted((name for name in losses if losses[name].share > MAX_ERROR), key=lambda name: -losses[name].share)
+    if not worst:
+        return None
+    named = ", ".join(f"{name} {losses[name].share:.0%}" for name in worst[:MAX_LISTED])
+    finer = {"sign": "values='int4' (--values int4), which takes 4 bits an entry, or "}.get(code.name, "")
+    return (
+        f"values of the code {code.name!r} should lose at most {MAX_ERROR:.0%} of the deltas' norm in every tensor, "
+        f"got more in {len(worst)} of {len(losses)} ({named}), {total_loss(losses):.1%} in all. |delta| varies too "
+        f"much there for it: compare the graft with that of {finer}values='donor'."
+    )
+
+
+def total_loss(losses: Mapping[str, CodeLoss]) -> float:
+    """Return the lost share of the norm of all deltas together."""
+    lost, norm = (math.hypot(*(getattr(loss, side) for loss in losses.values())) for side in ("lost", "norm"))
+    return lost / norm if norm else 0.0
+
+
+def _mean_size(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return (donor.detach().double() - base.detach().float().double()).abs().mean().float()
 
 
 def pack_levels(levels: torch.Tensor, code: ValueCode) -> torch.Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,15 @@ from ..checkpoints.pairing import (
     stream,
 )
 from ..checkpoints.wrappers import unwrap
+from ..patch.value_codes import (
+    CodeLoss,
+    ScaledTensor,
+    TensorPatch,
+    ValueCode,
+    describe_loss,
+    encode_values,
+    total_loss,
+)
 from ..selection.budget import Budget, capped_note
 from ..selection.norm_alpha import energy_of, estimated_note, norm_alpha
 from ..selection.rules import get_rule
@@ -268,13 +277,51 @@ class PatchBuilder:
             name: after.reshape(-1)[chosen[name]]
             for name, _, after in stream(base, donor, {name: names[name] for name in chosen})
         }
-        for name, index in chosen.items():
+        plain = {name: TensorPatch(index, values[name]) for name, index in chosen.items()}
+        parts: Mapping[str, TensorPatch | ScaledTensor] = plain
+        if state.value_code is not None and not trained:
+            read = {name: partial(base_entries, *target) for name, target in targets.items()}
+            parts, losses = encode_parts(plain, lambda name: read[name](chosen[name]), state.value_code)
+            note_loss(self.peft_config[adapter_name], losses, state.value_code)
+        for name, part in parts.items():
             layer, param = targets[name]
-            logits = torch.ones(index.numel()) if trained else None
-            layer.install(adapter_name, param, index, values[name], logits)
+            logits = torch.ones(part.count) if trained else None
+            layer.install(adapter_name, param, part, logits)
         trains = adapter_name in self.active_adapters and not self.peft_config[adapter_name].inference_mode
         for layer, _ in targets.values():
             layer.set_requires_grad(adapter_name, trains)
+
+
+def base_entries(layer: GraftLayer, param: str, indices: torch.Tensor) -> torch.Tensor:
+    """Return the base's own values at flat indices, on the CPU, also while something is merged."""
+    return layer.base_entries(param, indices.to(layer.base_parameter(param).device)).cpu()
+
+
+def encode_parts(
+    parts: Mapping[str, TensorPatch], read_base: Callable[[str], torch.Tensor], code: ValueCode
+) -> tuple[dict[str, ScaledTensor], dict[str, CodeLoss]]:
+    """Encode the values of a patch.
+
+    Args:
+        parts: The entries by tensor name.
+        read_base: Function from a tensor's name to the base's values at its entries, [n].
+        code: The code.
+
+    Returns:
+        The coded entries, and what the code loses, by tensor name.
+    """
+    made = {
+        name: encode_values(part.indices, part.values, read_base(name), code) for name, part in sorted(parts.items())
+    }
+    return {name: coded for name, (coded, _) in made.items()}, {name: loss for name, (_, loss) in made.items()}
+
+
+def note_loss(config: GraftConfig, losses: Mapping[str, CodeLoss], code: ValueCode) -> None:
+    """Record what a code loses in an adapter's config, and log where it loses much."""
+    provenance = config.record.provenance if config.record else None
+    config.note(provenance={**(provenance or {}), "values_error": float(f"{total_loss(losses):.3g}")})
+    if note := describe_loss(losses, code):
+        _LOG.warning(note)
 
 
 def _in_names_of(model: nn.Module, donor: Donor) -> Donor:

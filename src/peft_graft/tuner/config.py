@@ -16,9 +16,11 @@ from torch import nn
 from ..adapter_files.card import refresh_card
 from ..adapter_files.hub_names import strip_local_paths
 from ..adapter_files.summary import current_fields
+from ..patch.value_codes import VALUE_CODES
 from ..peft_compat.register import GRAFT
 from ..selection.rules import RULES
 
+VALUES = ("donor", *VALUE_CODES)
 _SCOPES = ("global", "tensor")
 _GRANULARITIES = ("entry", "tensor", "layer")
 
@@ -66,6 +68,9 @@ class GraftConfig(PeftConfig):
         alpha: Scale of the patch: 1 writes the donor's bits; any other number writes base + alpha * (donor - base);
             `"auto"` is fitted by `initialize_graft` on calibration data; `"norm"` is estimated from the norms of the
             delta and of its largest entries, without data. Once known, the number, or one number per tensor.
+        values: What is stored of an entry: `"donor"`, the donor's value, or a code of its delta, with which the value
+            is float32(base + scale * level): `"sign"` (1 bit; the scale is the mean |delta| of the tensor), `"int4"`
+            or `"int8"` (a scale for 128 successive entries). A learned mask is trained with the coded values.
         alpha_scope: What `alpha="auto"` fits: `"global"`, one number, or `"tensor"`, one per tensor.
         target_modules: Names (suffixes) or a regular expression of the modules to graft. Default: every leaf module
             that owns parameters except the embeddings and the head; `"all"` takes these too.
@@ -102,6 +107,7 @@ class GraftConfig(PeftConfig):
         default=10.0, metadata={"help": "Entries that a learned mask may choose from, as a multiple of the budget."}
     )
     alpha: Any = field(default=1.0, metadata={"help": "Scale of the patch: a number, or 'auto' to fit it."})
+    values: str = field(default="donor", metadata={"help": f"What is stored of an entry, one of {list(VALUES)}."})
     alpha_scope: str = field(default="global", metadata={"help": "Fit one alpha, or one for each tensor."})
     target_modules: Collection[str] | str | None = field(
         default=None, metadata={"help": "Modules to graft; default all but embeddings and head; 'all' for every one."}
@@ -178,6 +184,10 @@ class GraftConfig(PeftConfig):
                 "alpha must be a number or 'auto' but for one scale of a magnitude mask, got 'norm' with "
                 f"selection={self.selection!r} and alpha_scope={self.alpha_scope!r}. The estimate holds for that only."
             )
+        if self.values not in VALUES:
+            yield problem("values", f"one of {list(VALUES)}", "'donor' stores the donor's values.")
+        elif self.values != "donor" and self.donor == "zeros":
+            yield problem("values", "'donor' with donor='zeros'", "Its values are all 0 and are not stored.")
         if self.alpha_scope not in _SCOPES:
             yield problem("alpha_scope", f"one of {list(_SCOPES)}", "Use 'global' for one alpha.")
         if rule is not None and rule.trains_mask and self.granularity != "entry":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..patch.arithmetic import align_indices, grafted_values, masked_sum, scatter_rows
+from ..patch.value_codes import ScaledTensor, TensorPatch, encode_candidates
 from ..peft_compat.peft_names import check_adapters_to_merge
 from .apply.forward import effective, run, run_patched
 from .apply.in_place import NOTHING, ResolvedTensor, copied, has_patch, overwrite, own_copy, own_entries, restored
@@ -121,7 +122,7 @@ class GraftLayer(ModuleProxy):
         owner, owned = self.owner(param)
         indices, values = self.effective_entries(param, names)
         tensor = owner.tensor_name(owned)
-        from_base = any(owner.states[name].scale(tensor) != 1 for name in names)
+        from_base = any(owner.states[name].scale(tensor) != 1 or owner.is_coded(name, owned) for name in names)
         expected = owner.base_entries(owned, indices) if from_base else None
         return ResolvedTensor((id(owner), owned, version, *names), indices, values.detach(), expected)
 
@@ -134,6 +135,12 @@ class GraftLayer(ModuleProxy):
         owner, owned = self.owner(param)
         slot = owner.slots.get(adapter_name)
         return slot is not None and owner.keys[owned] in slot.params
+
+    def is_coded(self, adapter_name: str, param: str) -> bool:
+        """Return whether the base is needed for the values of an adapter that patches this parameter of its own."""
+        slot, key = self.slots[adapter_name], self.keys[param]
+        trains = slot.logits(key) is not None
+        return key in slot.codes or (trains and self.states[adapter_name].value_code is not None)
 
     def patches(self, adapter_name: str) -> bool:
         """Return whether an adapter patches any parameter of this layer."""
@@ -226,8 +233,7 @@ class GraftLayer(ModuleProxy):
         self,
         adapter_name: str,
         param: str,
-        indices: torch.Tensor,
-        values: torch.Tensor,
+        part: TensorPatch | ScaledTensor,
         logits: torch.Tensor | None = None,
     ) -> None:
         """Give an adapter its entries of one parameter (see `Slot.install`), on the parameter's device."""
@@ -235,12 +241,13 @@ class GraftLayer(ModuleProxy):
         device = torch.device("cpu") if device.type == "meta" else device
         slot = self.slot(adapter_name)
         logits = None if logits is None else logits.to(device)
-        slot.install(self.keys[param], indices.to(device), values.to(device), logits)
+        part = part.to(device)
+        slot.install(self.keys[param], part, logits)
         if logits is not None:
-            base = self.base_entries(param, indices.to(device))
+            base = self.base_entries(param, part.indices)
             self.states[adapter_name].register(self.tensor_name(param), slot, self.keys[param], base)
         elif is_sharded(self.base_parameter(param)):
-            self.states[adapter_name].note_base(self.tensor_name(param), self.base_entries(param, indices.to(device)))
+            self.states[adapter_name].note_base(self.tensor_name(param), self.base_entries(param, part.indices))
         self.states.changed()
 
     def clear(self, adapter_name: str, params: Iterable[str] | None = None) -> None:
@@ -288,8 +295,7 @@ class GraftLayer(ModuleProxy):
         if slot is None or key not in slot.params:
             return None
         state, name = self.states[adapter_name], self.tensor_name(param)
-        indices, donor, logits = slot.entries(key, self.base_parameter(param).device)
-        mask = None if logits is None else self._mask(state, name).to(indices.device)
+        indices, donor, logits, mask = self._donor_entries(adapter_name, param)
         if logits is not None and mask is not None and not (training and logits.requires_grad):
             indices, donor, mask, logits = indices[mask], donor[mask], None, None
         alpha = state.scale(name)
@@ -300,6 +306,27 @@ class GraftLayer(ModuleProxy):
         values = torch.where(mask, values, self.base_entries(param, indices))
         start = self._start(adapter_name, param, indices)
         return indices, straight_through(logits, values, start, donor, alpha), mask
+
+    def _donor_entries(
+        self, adapter_name: str, param: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Compute the values of an adapter's entries at alpha 1.
+
+        Returns:
+            Indices int64 [n], values [n], and of a learned mask logits float32 [n] and the exact mask, bool [n].
+        """
+        slot, key, device = self.slots[adapter_name], self.keys[param], self.base_parameter(param).device
+        part, logits = slot.part(key, device), slot.logits(key)
+        if isinstance(part, ScaledTensor):
+            return part.indices, part.decode_entries(self.base_entries(param, part.indices)), None, None
+        if logits is None:
+            return part.indices, part.values, None, None
+        state = self.states[adapter_name]
+        mask = self._mask(state, self.tensor_name(param)).to(device)
+        values = part.values
+        if state.value_code is not None:
+            values = encode_candidates(values, self._start(adapter_name, param, part.indices), mask, state.value_code)
+        return part.indices, values, logits.to(device), mask
 
     def _mask(self, state: GraftState, name: str) -> torch.Tensor:
         """Return the exact mask; inside of a call, which looked at all logits when it began, without another look."""
@@ -324,8 +351,9 @@ class GraftLayer(ModuleProxy):
             return None
         require_whole({name: logits}, "trained", UNGATHERED)
         parameter = self.base_parameter(param)
-        indices, donor, _ = slot.entries(key, parameter.device)
-        mask = self._mask(state, name).to(indices.device)
+        indices, donor, _, mask = self._donor_entries(adapter_name, param)
+        if mask is None:
+            return None
         at = indices[mask]
         put = grafted_values(lambda: self.base_entries(param, at), donor[mask], alpha)
         carrier = straight_through(logits, logits.detach(), self._start(adapter_name, param, indices), donor, alpha)

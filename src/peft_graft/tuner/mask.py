@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.donor import MAX_LISTED
+from ..patch.value_codes import VALUE_CODES, ScaledTensor, TensorPatch, ValueCode
 from ..peft_compat.torch_names import version_of
 from ..selection.topk import SelectionError, top_k_mask
 from .backends import collectives
@@ -90,7 +91,9 @@ def _differ(alpha: Any, other: Any) -> bool:
 
 
 class Slot(nn.Module):
-    """The entries of one adapter in one layer: per parameter flat indices, the donor's values, and logits of a mask.
+    """The entries of one adapter in one layer: per parameter flat indices, their values, and logits of a mask.
+
+    Values are the donor's, or levels and scales of a code, with which the layer computes them from the base.
 
     A parameter without entries has no tensors here, so nothing of size zero is ever registered.
     """
@@ -99,18 +102,16 @@ class Slot(nn.Module):
         super().__init__()
         self.eligible = eligible
         self.params: list[str] = []
+        self.codes: dict[str, ValueCode] = {}
         self.version = next(_versions)  # changes with the entries
         self._shards: dict[str, nn.Parameter] = {}
 
-    def install(
-        self, param: str, indices: torch.Tensor, values: torch.Tensor, logits: torch.Tensor | None = None
-    ) -> None:
+    def install(self, param: str, part: TensorPatch | ScaledTensor, logits: torch.Tensor | None = None) -> None:
         """Hold these entries for `param`, in place where the shapes allow it, so that optimizers keep their hold.
 
         Args:
             param: Key of the parameter.
-            indices: Flat indices, int64 [n], increasing.
-            values: The donor's values, float [n].
+            part: The entries; with logits, plain ones.
             logits: Mask logits, float32 [n]; None for a fixed mask.
         """
         held = self.logits(param)
@@ -121,8 +122,13 @@ class Slot(nn.Module):
             self.register_parameter(f"{param}_logits", nn.Parameter(logits.detach().clone().float()))
         else:
             self.remove(param)
-        self.register_buffer(f"{param}_indices", indices)
-        self.register_buffer(f"{param}_values", values)
+        self.register_buffer(f"{param}_indices", part.indices)
+        if isinstance(part, ScaledTensor):
+            self.codes[param] = part.value_code
+            self.register_buffer(f"{param}_levels", part.levels)
+            self.register_buffer(f"{param}_scales", part.scales)
+        else:
+            self.register_buffer(f"{param}_values", part.values)
         self.version = next(_versions)
         if param not in self.params:
             self.params = sorted([*self.params, param])
@@ -131,13 +137,14 @@ class Slot(nn.Module):
         """Forget the entries of `param`, if any."""
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
+        self.codes.pop(param, None)
         self._shards.pop(f"{param}_logits", None)
         self.version = next(_versions)
         self.params = [name for name in self.params if name != param]
 
     def tensors(self, param: str) -> dict[str, torch.Tensor]:
         """Return the tensors held for `param`, by kind."""
-        kinds = ("indices", "values", "logits")
+        kinds = ("indices", "values", "levels", "scales", "logits")
         return {kind: getattr(self, f"{param}_{kind}") for kind in kinds if hasattr(self, f"{param}_{kind}")}
 
     def indices(self, param: str) -> torch.Tensor:
@@ -145,17 +152,16 @@ class Slot(nn.Module):
         return cast(torch.Tensor, self._buffers[f"{param}_indices"])
 
     def values(self, param: str) -> torch.Tensor:
-        """Return the donor's values of `param`, float [n]."""
+        """Return the donor's values of `param`, float [n], which is not in a code."""
         return cast(torch.Tensor, self._buffers[f"{param}_values"])
 
-    def entries(self, param: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return indices, values and logits of `param` on a device: an offloaded base is elsewhere than its patch."""
-        logits = self.logits(param)
-        return (
-            self.indices(param).to(device),
-            self.values(param).to(device),
-            None if logits is None else logits.to(device),
-        )
+    def part(self, param: str, device: torch.device) -> TensorPatch | ScaledTensor:
+        """Return the entries of `param` on a device: an offloaded base is elsewhere than its patch."""
+        indices, code = self.indices(param).to(device), self.codes.get(param)
+        if code is None:
+            return TensorPatch(indices, self.values(param).to(device))
+        levels, scales = (cast(torch.Tensor, self._buffers[f"{param}_{kind}"]) for kind in ("levels", "scales"))
+        return ScaledTensor(indices, levels.to(device), scales.to(device), code)
 
     def logits(self, param: str) -> nn.Parameter | None:
         """Return the mask logits of `param`, float32 [n], or None for a fixed mask."""
@@ -172,6 +178,16 @@ class Slot(nn.Module):
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter) and is_sharded(value):
             self._shards[name] = value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+        """Move or cast, but keep scales in float32: the values are computed in it, and rounded once."""
+        scales = {name: values for name, values in self._buffers.items() if name.endswith("_scales")}
+        super()._apply(fn, recurse)
+        for name, values in scales.items():
+            moved = self._buffers[name]
+            if values is not None and moved is not None and moved.dtype != values.dtype:
+                self._buffers[name] = values.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         """Show how many entries each parameter has."""
@@ -271,6 +287,11 @@ class GraftState:
         """Return alpha of this tensor; a tensor while it is being fitted by gradients."""
         alpha = self.alpha
         return alpha.get(name, 1.0) if isinstance(alpha, dict) else alpha
+
+    @property
+    def value_code(self) -> ValueCode | None:
+        """Return the code of the values that a learned mask takes; None for the donor's values."""
+        return VALUE_CODES.get(self.config.values)
 
     def logits(self) -> dict[str, nn.Parameter]:
         """Return the mask logits by tensor name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key, require_rows
+from ..patch.value_codes import CodedTensor, CodeLoss, ScaledTensor
 from ..peft_compat.torch_names import FSDP_WRAPPED
 from .backends.sharded import GATHER, is_sharded, whole, whole_shape
+from .build_patch import encode_parts, note_loss
 from .layer import GraftLayer
 from .mask import GraftState, Slot
 from .modules_to_save import require_whole_modules
@@ -78,23 +81,21 @@ def _base_entries(places: Mapping[str, _Place], patch: Patch) -> dict[str, torch
     return found
 
 
-def _decoded(places: Mapping[str, _Place], patch: Patch) -> Patch:
-    """Compute the values of a patch that the base is needed for.
+def _decoded(places: Mapping[str, _Place], part: TensorPatch | CodedTensor, name: str) -> TensorPatch:
+    """Compute the values of a tensor's patch for which the base may be needed.
 
     Raises:
-        PatchError: The base has no values yet.
+        PatchError: The base is needed and has no values yet.
     """
-
-    def read_base(name: str) -> torch.Tensor:
-        layer, param, _ = places[name]
-        if layer.base_parameter(param).is_meta:
-            raise PatchError(
-                f"base must have values before a patch of the code {patch.tensors[name]!r} is loaded, got {name!r} on "
-                "the meta device. Load the base without low_cpu_mem_usage first."
-            )
-        return layer.own_values(param)
-
-    return patch.decode(read_base)
+    if isinstance(part, TensorPatch):
+        return part
+    layer, param, _ = places[name]
+    if layer.base_parameter(param).is_meta:
+        raise PatchError(
+            f"base must have values before a patch in the code {part.code!r} is read, got {name!r} on the meta device. "
+            "Load the base without low_cpu_mem_usage=True or init_empty_weights."
+        )
+    return part.decode(layer.own_values(param), name)
 
 
 def _owners(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
@@ -108,28 +109,37 @@ def _state(places: Mapping[str, _Place], adapter_name: str) -> GraftState:
 
 def _held(
     places: Mapping[str, _Place], adapter_name: str, state_dict: Mapping[str, torch.Tensor], gather: bool = False
-) -> tuple[dict[str, TensorPatch], dict[str, torch.Tensor] | None]:
+) -> tuple[dict[str, TensorPatch | ScaledTensor], dict[str, torch.Tensor] | None]:
     """Collect all entries that an adapter holds, and the logits of a learned mask, on the CPU by tensor name.
 
     There are no logits where only shards of them are at hand, unless every rank calls this together to `gather` them.
     """
-    parts: dict[str, TensorPatch] = {}
+    parts: dict[str, TensorPatch | ScaledTensor] = {}
     logits: dict[str, torch.Tensor] | None = {}
     for name, place in places.items():
         if place.layer.keys[place.param] not in place.slot(adapter_name).params:
             continue
-        indices, values = (state_dict[place.live_key(adapter_name, kind)] for kind in ("indices", "values"))
-        parts[name] = TensorPatch(indices.detach().cpu().long(), values.detach().cpu())
+        parts[name] = _held_part(place, adapter_name, state_dict)
         if place.slot(adapter_name).logits(place.layer.keys[place.param]) is None or logits is None:
             continue
         given = state_dict.get(place.live_key(adapter_name, "logits"))
         if gather and given is not None:
             given = whole(given)
-        if given is None or is_sharded(given) or given.shape != indices.shape:
+        if given is None or is_sharded(given) or given.numel() != parts[name].count:
             logits = None
         else:
             logits[name] = given.detach().cpu().float()
     return parts, logits
+
+
+def _held_part(place: _Place, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> TensorPatch | ScaledTensor:
+    def held(kind: str) -> torch.Tensor:
+        return state_dict[place.live_key(adapter_name, kind)].detach().cpu()
+
+    indices, code = held("indices").long(), place.slot(adapter_name).codes.get(place.layer.keys[place.param])
+    if code is None:
+        return TensorPatch(indices, held("values"))
+    return ScaledTensor(indices, held("levels"), held("scales"), code)
 
 
 def _masks(logits: dict[str, torch.Tensor] | None, state: GraftState) -> Mapping[str, torch.Tensor]:
@@ -148,9 +158,26 @@ def _only_shards() -> ValueError:
     return ValueError(f"mask logits must be whole to be saved, got shards. {GATHER}")
 
 
-def _taken(parts: Mapping[str, TensorPatch], masks: Mapping[str, torch.Tensor]) -> dict[str, TensorPatch]:
-    taken = {name: TensorPatch(parts[name].indices[mask], parts[name].values[mask]) for name, mask in masks.items()}
-    return {name: part for name, part in {**parts, **taken}.items() if part.indices.numel()}
+def _taken(
+    parts: Mapping[str, TensorPatch | ScaledTensor], masks: Mapping[str, torch.Tensor], state: GraftState
+) -> tuple[dict[str, TensorPatch | ScaledTensor], dict[str, CodeLoss]]:
+    """Take the entries of the exact masks, in the code that the masks were trained with.
+
+    Returns:
+        The entries, and what the code loses of those that are encoded here, by tensor name.
+    """
+    taken = {
+        name: TensorPatch(part.indices[mask], part.values[mask])
+        for name, mask in masks.items()
+        if isinstance(part := parts[name], TensorPatch) and mask.any()
+    }
+    encoded: Mapping[str, TensorPatch | ScaledTensor] = taken
+    losses: dict[str, CodeLoss] = {}
+    if state.value_code is not None:
+        base = {name: values.cpu()[masks[name]] for name in taken if (values := state.base_values(name)) is not None}
+        encoded, losses = encode_parts(taken, base.__getitem__, state.value_code)
+    rest = {name: part for name, part in parts.items() if name not in masks and part.count}
+    return {**rest, **encoded}, losses
 
 
 def live_patch(model: nn.Module, adapter_name: str) -> Patch:
@@ -174,7 +201,8 @@ def live_patch(model: nn.Module, adapter_name: str) -> Patch:
     state.require_ready("read")
     live = {key: tensor for place in places.values() for key, tensor in place.live(adapter_name)}
     parts, logits = _held(places, adapter_name, live)
-    return Patch(_taken(parts, _masks(logits, state)), _shapes(places))
+    taken, _ = _taken(parts, _masks(logits, state), state)
+    return Patch({name: _decoded(places, part, name) for name, part in taken.items()}, _shapes(places))
 
 
 def _quantized(places: Mapping[str, _Place], patch: Patch) -> set[str]:
@@ -249,7 +277,10 @@ def pack(
         require_whole_modules(model, adapter_name, state_dict)
         parts, logits = _held(places, adapter_name, state_dict)
         masks = _masks(logits, state)
-        patch = Patch(_taken(parts, masks))
+        taken, losses = _taken(parts, masks, state)
+        patch = Patch(taken)
+        if losses and state.value_code is not None:
+            note_loss(config, losses, state.value_code)
         _record_fingerprint(config, places, patch, state, masks)
         config.note(entries=patch.num_params)
         result = patch.to_tensors()
@@ -264,7 +295,7 @@ def _pack_checkpoint(
     parts, logits = _held(places, adapter_name, state_dict, gather=True)
     if logits is None:
         raise _only_shards()
-    patch = Patch(_taken(parts, {}))
+    patch = Patch({name: part for name, part in parts.items() if part.count})
     _record_fingerprint(config, places, patch, state, {})
     result = patch.to_tensors()
     for name, values in logits.items():
@@ -306,7 +337,6 @@ def unpack(
             "checkpoint must hold mask logits to resume training, got a packed patch. Resume from a checkpoint that "
             "a Trainer wrote during training, or set inference_mode=True in the config to use the patch as it is."
         )
-    patch = _decoded(places, patch)
     _install(places, adapter_name, patch, logits)
     if logits:
         state.budget = _budget(config, places, logits)
@@ -334,8 +364,7 @@ def install_patch(model: nn.Module, config: GraftConfig, adapter_name: str, patc
     places = _places(model, adapter_name)
     Patch(patch.tensors, _shapes(places)).validate()
     _require_tensors(places, patch)
-    plain = _decoded(places, patch).plain
-    copies = {name: TensorPatch(part.indices.clone(), part.values.clone()) for name, part in plain.items()}
+    copies = {name: copy.deepcopy(part) for name, part in patch.tensors.items()}
     _install(places, adapter_name, Patch(copies), {})
     state = _state(places, adapter_name)
     state.awaits_file = False
@@ -363,11 +392,13 @@ def _install(places: Mapping[str, _Place], adapter_name: str, patch: Patch, logi
     patched = {(places[name].layer, places[name].param) for name in patch.tensors}
     for layer in {place.layer for place in places.values()}:
         layer.clear(adapter_name, [param for param in layer.keys if (layer, param) not in patched])
-    for name, part in patch.plain.items():
+    for name, part in patch.tensors.items():
         layer, param, _ = places[name]
         if adapter_name not in layer.graft_patch:
             layer.add_slot(adapter_name, [param])
-        layer.install(adapter_name, param, part.indices, part.values, logits.get(name))
+        # Levels and scales are decoded when the layer runs; other codes now.
+        known = part if isinstance(part, TensorPatch | ScaledTensor) else _decoded(places, part, name)
+        layer.install(adapter_name, param, known, logits.get(name))
 
 
 def _require_base(config: GraftConfig, places: Mapping[str, _Place], patch: Patch) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from ..checkpoints.wrappers import plain_name
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.packing import PackedTensor, pack_tensor
 from ..patch.patch import Fingerprint, TensorPatch, pack_rows
+from ..patch.value_codes import VALUE_CODES, CodeLoss, ScaledTensor, ValueCode, encode_values
 from ..peft_compat.transformers_names import modeling_auto
 from ..selection.budget import Budget, capped_note
 from ..selection.norm_alpha import energy_of, estimated_note, norm_alpha
@@ -51,6 +53,7 @@ from ..selection.rules import SelectionError, get_rule
 from ..selection.select import Selected, Selector
 from ..tuner import GraftConfig, GraftModel
 from ..tuner.base_files import carry_new_modules, warn_of_rows
+from ..tuner.build_patch import note_loss
 from ..tuner.left_out import aliases_of, base_tensors, report_left_out, require_nothing_more
 from ..tuner.modules_to_save import donor_names_of_module, fill_modules, name_modules, names_to_save
 
@@ -95,6 +98,7 @@ def extract(
     exclude_modules: Collection[str] | str | None = None,
     modules_to_save: list[str] | None = None,
     alpha: float | str = 1.0,
+    values: str = "donor",
     allow_extra: bool = False,
     task_type: str | None = None,
     seed: int = 0,
@@ -129,6 +133,8 @@ def extract(
         exclude_modules: Names or a regular expression of modules to leave alone.
         modules_to_save: Modules to take whole from the donor.
         alpha: Scale of the patch; 1 gives the donor's bits, and `"norm"` is estimated without data (magnitude only).
+        values: What is stored of an entry: the donor's value (`"donor"`), or a code of its delta, `"sign"`, `"int4"` or
+            `"int8"` (see `GraftConfig`).
         allow_extra: Accept a donor with tensors for which the base has no place, and take only what both have.
         task_type: PEFT's task type, such as `"CAUSAL_LM"`. Default: the task of the donor's architecture.
         seed: Seed of the rule `"random"`.
@@ -178,6 +184,7 @@ def extract(
         exclude_modules=copy.copy(exclude_modules),
         modules_to_save=copy.copy(modules_to_save),
         alpha=alpha,
+        values=values,
         allow_extra=allow_extra,
         task_type=task_type,
         seed=seed,
@@ -209,10 +216,11 @@ def _require_files(donor: object) -> None:
 def _require_no_data(config: GraftConfig, exact: bool) -> None:
     """Refuse a configuration that cannot be followed without a model and data."""
     if exact:
-        if config.density is not None or config.num_params is not None or config.alpha != 1:
+        if config.density is not None or config.num_params is not None or config.alpha != 1 or config.values != "donor":
             raise SelectionError(
-                f"exact must come without a budget and with alpha 1, got density={config.density!r}, "
-                f"num_params={config.num_params!r} and alpha={config.alpha!r}. It takes every entry that differs."
+                "exact must come without a budget, with alpha 1 and with the donor's values, got "
+                f"density={config.density!r}, num_params={config.num_params!r}, alpha={config.alpha!r} and "
+                f"values={config.values!r}. It takes every entry that differs."
             )
     elif get_rule(config.selection).kind != "data_free" or config.alpha == "auto":
         raise SelectionError(
@@ -404,7 +412,7 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
             pairs.on_read = bar.update
-            packed = _encode(selector, *map(_SpillFile, files))
+            packed = _encode(selector, _SpillFile(files[0]), _SpillFile(files[1]), VALUE_CODES.get(config.values))
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
         if estimates:
@@ -476,39 +484,47 @@ class _SpillFile:
 
 @dataclass
 class _PackedPatch:
-    """A patch as its file holds it, and the base's values at its entries; both in spill files."""
+    """A patch as its file holds it, and the base's values at its entries, in spill files; and what its code loses."""
 
     tensors: dict[str, torch.Tensor]
     base_values: dict[str, torch.Tensor]
     entries: int
     energy: float
+    losses: dict[str, CodeLoss]
 
 
-def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile) -> _PackedPatch:
+def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile, code: ValueCode | None) -> _PackedPatch:
     """Encode the selected entries tensor by tensor, several tensors at a time."""
     rows: dict[str, tuple[str, list[int]]] = {}
     base_values: dict[str, _Slice] = {}
     entries, energy = 0, 0.0
+    losses: dict[str, CodeLoss] = {}
     workers = min(torch.get_num_threads(), MAX_WORKERS)
     with worker_pool(workers) as pool:
-        found = map_in_order(pool, _encode_one, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
-        for selected, packed in found:
+        encode = partial(_encode_one, code=code)
+        found = map_in_order(pool, encode, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
+        for selected, packed, loss in found:
+            if loss is not None:
+                losses[selected.name] = loss
             rows[selected.name] = packed.code, packed.row
             spill.append(packed.data)
             base_values[selected.name] = base_spill.put(selected.base)
             entries += selected.indices.numel()
             energy += energy_of(selected.donor, selected.base)
-    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries, energy)
+    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries, energy, losses)
 
 
 def _count(selected: Selected) -> int:
     return selected.indices.numel()
 
 
-def _encode_one(selected: Selected) -> tuple[Selected, PackedTensor]:
-    part = TensorPatch(selected.indices, selected.donor)
+def _encode_one(selected: Selected, code: ValueCode | None) -> tuple[Selected, PackedTensor, CodeLoss | None]:
+    part: TensorPatch | ScaledTensor = TensorPatch(selected.indices, selected.donor)
+    loss = None
+    if code is not None:
+        part, loss = encode_values(selected.indices, selected.donor, selected.base, code)
     part.validate(selected.name)
-    return selected, pack_tensor(part)
+    return selected, pack_tensor(part), loss
 
 
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:
@@ -518,6 +534,8 @@ def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: 
         eligible=eligible, entries=packed.entries, fingerprint=Fingerprint.compute(packed.base_values).to_dict()
     )
     packed.base_values.clear()  # unmapped before the rest is read
+    if (code := VALUE_CODES.get(config.values)) is not None:
+        note_loss(config, packed.losses, code)
     if exact:
         config.note(provenance={**(config.record.provenance or {}), "exact": True})
     state.packed, state.awaits_file, state.ready = packed.tensors, False, True

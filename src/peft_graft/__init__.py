@@ -12,6 +12,7 @@ from .training.alpha import fit_alpha
 from .training.callbacks import AlphaCallback
 from .training.initialize import initialize_graft
 from .tuner import GraftConfig, GraftModel
+from .workflows.compress import compress
 from .workflows.diff import diff
 from .workflows.export import export
 from .workflows.extract import extract
@@ -29,6 +30,7 @@ __all__ = [
     "Patch",
     "PatchError",
     "SelectionError",
+    "compress",
     "diff",
     "export",
     "extract",

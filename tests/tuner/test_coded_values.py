@@ -190,6 +190,17 @@ def test_files_give_what_models_give(code: str, family: str, tmp_path: Path) -> 
         assert same_bits(one.to(other.dtype), other), name
 
 
+def test_the_estimated_scale_is_that_of_the_coded_deltas(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    perturbed(base).save_pretrained(tmp_path / "donor")
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", density=0.05, values="sign", alpha="norm")
+    found = json.loads((tmp_path / "skill" / "adapter_config.json").read_text())["alpha"]
+    model = graft(base, str(tmp_path / "donor"), density=0.05, values="sign", alpha="norm")
+    plain = graft(base, str(tmp_path / "donor"), density=0.05, alpha="norm").peft_config["default"].alpha
+    assert found == pytest.approx(model.peft_config["default"].alpha, rel=1e-9) and found > plain > 1
+
+
 def test_stitching_decodes(tmp_path: Path) -> None:
     base = tiny_gpt2()
     base.save_pretrained(tmp_path / "base")

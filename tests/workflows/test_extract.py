@@ -271,7 +271,7 @@ def test_rules_that_need_data_are_refused(selection: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("options", [{"density": 0.1}, {"num_params": 5}, {"alpha": 0.5}])
 def test_an_exact_patch_has_no_budget(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="exact must come without a budget and with alpha 1"):
+    with pytest.raises(SelectionError, match="exact must come without a budget, with alpha 1"):
         extract(tmp_path, "zeros", tmp_path / "out", **options, exact=True)
 
 

@@ -191,6 +191,37 @@ def _run_stitch(args: argparse.Namespace) -> None:
     )
 
 
+# compress
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    _add_adapter(parser)
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="directory of the new adapter")
+    parser.add_argument(
+        "--values",
+        default="sign",
+        choices=("donor", "sign", "int4", "int8"),
+        help="code of the deltas, of 1 (default), 4 or 8 bits; donor: keep the values, and pack an older file",
+    )
+    _add_base(parser, "the base that the adapter names")
+    _add_token(parser)
+    _add_trust(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in DIR")
+
+
+def _run_compress(args: argparse.Namespace) -> None:
+    from ..workflows.compress import compress
+
+    done = compress(**_options(args))
+    if args.quiet:
+        print(done.directory)
+        return
+    print(
+        f"{done.directory}: {done.entries:,} entries, {format_size(done.nbytes)} instead of "
+        f"{format_size(done.nbytes_before)}, {done.values_error:.1%} of the deltas' norm lost"
+    )
+
+
 # export
 
 
@@ -374,6 +405,20 @@ COMMANDS: tuple[Command, ...] = (
       --modules-to-save-from reviews --output-dir both""",
         _add_stitch,
         _run_stitch,
+    ),
+    Command(
+        "compress",
+        "write an adapter with its values in 1, 4 or 8 bits",
+        "Write an adapter whose values are a code of the deltas: signs times one scale in each tensor, or 4 or 8 bits. "
+        "The entries stay the same. Of the base, only the patched entries are read.",
+        """\
+  # signs: enough for donors of AdamW
+  peft-graft compress skill --output-dir smaller
+
+  # 4 bits, where |delta| varies more
+  peft-graft compress me/skill --values int4 --output-dir smaller""",
+        _add_compress,
+        _run_compress,
     ),
     Command(
         "export",

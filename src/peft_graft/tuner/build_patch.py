@@ -242,8 +242,9 @@ class PatchBuilder:
         energy, targets = 0.0, self.targets(adapter_name)
         for name, index in chosen.items():
             layer, param = targets[name]
-            after = layer.slot(adapter_name).values(layer.keys[param]).cpu()
-            energy += energy_of(after, layer.base_entries(param, index.to(layer.base_parameter(param).device)).cpu())
+            part = layer.slot(adapter_name).part(layer.keys[param], torch.device("cpu"))
+            start = base_entries(layer, param, index)
+            energy += energy_of(part.decode_entries(start) if isinstance(part, ScaledTensor) else part.values, start)
         return energy
 
     def install_mask(self, adapter_name: str, chosen: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ..adapter_files.hub_names import CONFIG_FILE
-from ..adapter_files.summary import WEIGHTS_FILE, fetch_adapter, read_saved
+from ..adapter_files.summary import WEIGHTS_FILE, SavedAdapter, fetch_adapter, read_saved
 from ..adapter_files.task_types import task_names
 from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
@@ -77,7 +77,9 @@ class AdapterOnBase:
         trust_remote_code: bool = False,
     ) -> None:
         directory = fetch_adapter(adapter, revision, token)
-        self.config, self.patch, self.modules_to_save, self.num_labels = _read(directory)
+        saved = read_finished(directory)
+        self.config, self.patch = GraftConfig.from_pretrained(directory), saved.load_patch()
+        self.modules_to_save, self.num_labels = saved.load_modules_to_save(), saved.num_labels
         self._token, self._trusts_code = token, trust_remote_code
         recorded = self.config.base_model_name_or_path
         is_given = base is not None
@@ -212,7 +214,15 @@ def _open_base(
         raise DonorError(f"{error} This is the base that the adapter names; give yours as base (--base).") from error
 
 
-def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor], int | None]:
+def read_finished(directory: Path) -> SavedAdapter:
+    """Read a saved adapter that holds a finished patch.
+
+    Args:
+        directory: The adapter's directory.
+
+    Raises:
+        PatchError: It holds none.
+    """
     saved = read_saved(directory)
     if saved is None or saved.in_training:
         found = "a checkpoint of a mask in training" if saved else "none"
@@ -220,7 +230,7 @@ def _read(directory: Path) -> tuple[GraftConfig, Patch, dict[str, torch.Tensor],
             f"adapter must be a finished graft, with {CONFIG_FILE} and {WEIGHTS_FILE}, got {found} in "
             f"{str(directory)!r}. Write one with save_pretrained or peft-graft extract."
         )
-    return GraftConfig.from_pretrained(directory), saved.load_patch(), saved.load_modules_to_save(), saved.num_labels
+    return saved
 
 
 def _auto_class(config: GraftConfig) -> Any:

@@ -45,7 +45,7 @@ from ..checkpoints.wrappers import plain_name
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.packing import PackedTensor, pack_tensor
 from ..patch.patch import Fingerprint, TensorPatch, pack_rows
-from ..patch.value_codes import VALUE_CODES, CodeLoss, ScaledTensor, ValueCode, encode_values
+from ..patch.value_codes import VALUE_CODES, CodeLoss, ValueCode, encode_values
 from ..peft_compat.transformers_names import modeling_auto
 from ..selection.budget import Budget, capped_note
 from ..selection.norm_alpha import energy_of, estimated_note, norm_alpha
@@ -503,14 +503,14 @@ def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile, code:
     with worker_pool(workers) as pool:
         encode = partial(_encode_one, code=code)
         found = map_in_order(pool, encode, selector.entries(), 2 * workers, _count, _ENTRIES_IN_FLIGHT)
-        for selected, packed, loss in found:
+        for selected, packed, loss, written in found:
             if loss is not None:
                 losses[selected.name] = loss
             rows[selected.name] = packed.code, packed.row
             spill.append(packed.data)
             base_values[selected.name] = base_spill.put(selected.base)
             entries += selected.indices.numel()
-            energy += energy_of(selected.donor, selected.base)
+            energy += written
     return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries, energy, losses)
 
 
@@ -518,13 +518,15 @@ def _count(selected: Selected) -> int:
     return selected.indices.numel()
 
 
-def _encode_one(selected: Selected, code: ValueCode | None) -> tuple[Selected, PackedTensor, CodeLoss | None]:
-    part: TensorPatch | ScaledTensor = TensorPatch(selected.indices, selected.donor)
-    loss = None
-    if code is not None:
-        part, loss = encode_values(selected.indices, selected.donor, selected.base, code)
-    part.validate(selected.name)
-    return selected, pack_tensor(part), loss
+def _encode_one(selected: Selected, code: ValueCode | None) -> tuple[Selected, PackedTensor, CodeLoss | None, float]:
+    """Encode one tensor's entries; return also what the code loses, and the sum of squares of the written deltas."""
+    if code is None:
+        part = TensorPatch(selected.indices, selected.donor)
+        part.validate(selected.name)
+        return selected, pack_tensor(part), None, energy_of(selected.donor, selected.base)
+    coded, loss = encode_values(selected.indices, selected.donor, selected.base, code)
+    coded.validate(selected.name)
+    return selected, pack_tensor(coded), loss, energy_of(coded.decode_entries(selected.base), selected.base)
 
 
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:

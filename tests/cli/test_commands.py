@@ -113,7 +113,7 @@ def test_extract_is_the_librarys(pair: Path, capsys: pytest.CaptureFixture[str])
     code, out, err = run(capsys, line)
     assert code == 0 and re.fullmatch(r"peft-graft: note: donor differs from the base in 17 of 17 .* all\) .*\n", err)
     assert run(capsys, f"{line} --overwrite --quiet") == (0, "one\n", "")
-    assert re.fullmatch(r"one: 50 of [\d,]+ entries, [\d.]+ KB, [\d.]+ bytes per entry in all, in [\d.]+ s\n", out)
+    assert re.fullmatch(r"one: 50 of [\d,]+ entries, [\d.]+ K?B, [\d.]+ bytes per entry in all, in [\d.]+ s\n", out)
     extract("base", "donor", "other", num_params=50, target_modules=["q_proj", "down_proj"], alpha=0.5)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert filecmp.cmp(f"one/{name}", f"other/{name}", shallow=False)

@@ -19,7 +19,7 @@ FLOORS = (
     ("tuner",),
     ("training",),
     ("workflows",),
-    ("cli",),
+    ("cli", "vllm"),
     ("__init__", "__main__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

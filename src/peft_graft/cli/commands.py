@@ -230,9 +230,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("checkpoint", "vllm", "shira", "lora"),
-        help="checkpoint: the whole merged model. vllm: indices and values for CheckpointWeightPatch. shira, lora: "
-        "adapters that PEFT loads without this package",
+        choices=("checkpoint", "vllm", "weight_delta", "shira", "lora"),
+        help="checkpoint: the whole merged model. vllm: indices and values in the base's files. weight_delta: changed "
+        "bytes of the base's files, for SGLang. shira, lora: adapters that PEFT loads without this package",
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="directory to write")
     _add_base(parser, "the base that the adapter names")
@@ -422,14 +422,15 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "export",
-        "write an adapter as a checkpoint, for vLLM, or as SHiRA or LoRA",
+        "write an adapter as a checkpoint, for vLLM or SGLang, or as SHiRA or LoRA",
         "Write an adapter in a format that other programs load, and show which entries that format cannot hold.",
         """\
   # the whole model, merged; equal to the base outside of the patch, bit for bit
   peft-graft export skill --to checkpoint --output-dir merged
 
-  # flat indices and values in the base's own files, for vLLM's CheckpointWeightPatch
+  # for a running server: indices and values in the base's own files for vLLM, changed bytes of them for SGLang
   peft-graft export skill --to vllm --output-dir patch
+  peft-graft export skill --to weight_delta --output-dir versions
 
   # for PEFT without this package: the Linear weights exactly, or their best rank-16 approximation
   peft-graft export skill --to shira --output-dir skill-shira

@@ -31,11 +31,27 @@ class FileEdit(NamedTuple):
         extent: Location of the tensor in the files.
         indices: Flat indices in the tensor, int64 [n], increasing.
         values: New values of these entries, float [n], in the dtype of the file.
+        base_values: The file's own values of these entries, float [n].
     """
 
     name: str
     extent: Extent
     indices: torch.Tensor
+    values: torch.Tensor
+    base_values: torch.Tensor
+
+
+class WholeEdit(NamedTuple):
+    """A tensor that the adapter stores whole: of a task head, or of another module in `modules_to_save`.
+
+    Attributes:
+        name: Name of the tensor in the base's files; its name in the model if they have none.
+        extent: Location of the tensor in the base's files, None if they have none.
+        values: The tensor, in the dtype in which the adapter stores it.
+    """
+
+    name: str
+    extent: Extent | None
     values: torch.Tensor
 
 
@@ -99,7 +115,7 @@ class AdapterOnBase:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._require_vocabulary()
         self._names = self._resolve_names()
-        self._base_values: dict[str, torch.Tensor] = {}
+        self._file_values: dict[str, torch.Tensor] = {}
         self._read_base(recorded)
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
@@ -131,7 +147,7 @@ class AdapterOnBase:
 
     def base_values(self, name: str) -> torch.Tensor:
         """Return the base's values at the patched entries of a tensor, [n], in the dtype in which the base loads."""
-        return self._base_values[name]
+        return self._file_values[name].to(self._parameters[name].dtype)
 
     def values(self, name: str) -> torch.Tensor:
         """Compute the grafted values base + alpha * (donor - base) of a tensor's patched entries.
@@ -139,18 +155,18 @@ class AdapterOnBase:
         Returns:
             The values, [n], rounded once to the dtype in which the base loads; with alpha 1 the donor's bits.
         """
-        before, part = self._base_values[name], self.patch.plain[name]
+        before, part = self.base_values(name), self.patch.plain[name]
         alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
         return grafted_values(before, part.values, alpha).to(before.dtype)
 
     def deltas(self, name: str) -> torch.Tensor:
         """Compute the grafted values of a tensor minus the base's, float32 [n]."""
-        return self.values(name).float() - self._base_values[name].float()
+        return self.values(name).float() - self.base_values(name).float()
 
     def edits(self) -> Iterator[FileEdit]:
         """Yield the changes that the patch makes to the base's files, one tensor of the files at a time."""
         for name, part in self.patch.plain.items():
-            values, start = self.values(name), 0
+            values, before, start = self.values(name), self._file_values[name], 0
             stored = self.view.stored_names(self._names[name])
             for stored_name, extent in zip(stored, self.view.extents(self._names[name]), strict=True):
                 end = start + torch.Size(extent.shape).numel()
@@ -158,8 +174,27 @@ class AdapterOnBase:
                 if last > first:
                     dtype: Any = extent.dtype
                     indices = part.indices[first:last] - start
-                    yield FileEdit(stored_name, extent, indices, values[first:last].to(dtype))
+                    yield FileEdit(stored_name, extent, indices, values[first:last].to(dtype), before[first:last])
                 start = end
+
+    def whole_edits(self) -> Iterator[WholeEdit]:
+        """Yield the tensors that the adapter stores whole, and where the base's files have them.
+
+        Raises:
+            PatchError: One has another shape in the base's files.
+        """
+        held = {*self.view.names()}
+        for name, values in self.modules_to_save.items():
+            if name not in held:
+                yield WholeEdit(name, None, values)
+                continue
+            (extent,) = self.view.extents(name)
+            if extent.shape != tuple(values.shape):
+                raise PatchError(
+                    f"module to save must have the base's shape, got {tuple(values.shape)} for {extent.shape} in "
+                    f"{name!r}. Use a base without this module, such as the pretrained model."
+                )
+            yield WholeEdit(self.view.stored_names(name)[0], extent, values)
 
     def _require_vocabulary(self) -> None:
         """Refuse embeddings and language heads that are stored whole for a vocabulary of another size."""
@@ -196,8 +231,8 @@ class AdapterOnBase:
         for name, part in sorted(self.patch.tensors.items()):
             flat, dtype = self.view.get(self._names[name]).flatten(), self._parameters[name].dtype
             decoded[name] = part if isinstance(part, TensorPatch) else part.decode(flat.to(dtype), name)
-            self._base_values[name] = flat[decoded[name].indices].to(dtype)
-            checked[name] = flat.to(dtype) if part.indices is None else self._base_values[name]
+            self._file_values[name] = flat[decoded[name].indices]
+            checked[name] = flat.to(dtype) if part.indices is None else self.base_values(name)
         fingerprint = (self.config.record and self.config.record.fingerprint) or {}
         Fingerprint.from_dict(fingerprint).require(checked, base_name)
         self.patch = Patch(decoded, self.patch.shapes)

@@ -1,4 +1,4 @@
-"""Write a saved adapter in other formats: a merged checkpoint, a patch for vLLM, a SHiRA or LoRA adapter."""
+"""Write a saved adapter in other formats: a merged checkpoint, patches for servers, a SHiRA or LoRA adapter."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from ..checkpoints.donor import INDEX_FILE, WEIGHTS_FILE
 from ..patch.atomic import atomic_directory, check_output_dir
 from ..patch.patch import PEFT_PREFIX, PatchError
 from .adapter_on_base import AdapterOnBase
+from .checkpoint_patch import VLLM_FILE, CheckpointPatch
+from .weight_delta import write_delta
 
-VLLM_FILE = "checkpoint_patch.safetensors"
 HEAD_FILE = "model-head.safetensors"
 # Larger matrices get a randomized SVD, because a full one takes minutes for each.
 FULL_SVD_UP_TO = 1024
@@ -80,7 +81,8 @@ def export(
 
     Args:
         adapter: Directory or Hub id of the adapter.
-        to: Format, one of `EXPORTS`: `"checkpoint"`, `"vllm"`, `"shira"` or `"lora"`.
+        to: Format, one of `EXPORTS`: `"checkpoint"`, `"vllm"`, `"weight_delta"`, `"shira"` or
+            `"lora"`.
         output_dir: Directory to write; it appears when all files are complete.
         base: Directory or Hub id of the base. Default: the base that the adapter names.
         base_revision: Branch, tag or commit of a base on the Hub.
@@ -135,24 +137,22 @@ def write_checkpoint(graft: AdapterOnBase, directory: Path, rank: int) -> Export
 
 
 def write_vllm(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResult:
-    """Write one file with `<name>.indices` and `<name>.values` for every tensor of the base's files that is patched."""
+    """Write one file of indices, values and the base's values, for every tensor of the base's files that changes."""
+    patch = CheckpointPatch.from_adapter(graft)
+    patch.save(directory / VLLM_FILE)
     done = ExportResult(directory, graft.patch.num_params)
-    tensors: dict[str, torch.Tensor] = {}
-    described: dict[str, dict[str, Any]] = {}
-    for part in graft.edits():
-        small = math.prod(part.extent.shape) < 2**31
-        tensors[f"{part.name}.indices"] = part.indices.to(torch.int32 if small else torch.int64)
-        tensors[f"{part.name}.values"] = part.values.contiguous()
-        described[part.name] = {"shape": list(part.extent.shape), "dtype": _dtype_name(part.values.dtype)}
-        done.carried += part.indices.numel()
-    for name, whole in graft.modules_to_save.items():
-        tensors[f"{name}.values"] = whole.flatten()
-        described[name] = {"shape": list(whole.shape), "dtype": _dtype_name(whole.dtype)}
-    if graft.modules_to_save:
-        names = ", ".join(graft.modules_to_save)
-        done.notes.append(f"{names}: stored whole, without indices; load them in a call of their own.")
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    save_file(tensors, directory / VLLM_FILE, {"format": "pt", "tensors": json.dumps(described, sort_keys=True)})
+    done.carried = sum(edit.indices.numel() for edit in patch.edits.values() if edit.indices is not None)
+    _note_whole(done, patch)
+    return done
+
+
+def write_weight_delta(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResult:
+    """Write the change of every tensor's bytes, compressed, as the first version after the base's."""
+    patch = CheckpointPatch.from_adapter(graft)
+    patch.require_base_values("a delta of the base's files")
+    done = ExportResult(directory, graft.patch.num_params)
+    done.carried = sum(edit.indices.numel() for edit in patch.edits.values() if edit.indices is not None)
+    write_delta(directory, patch, graft.view.checkpoint)
     return done
 
 
@@ -230,6 +230,10 @@ EXPORTS: dict[str, ExportFormat] = {
     ),
     "vllm": ExportFormat(
         write_vllm, "flat indices and values in the base's checkpoint, for vLLM's CheckpointWeightPatch"
+    ),
+    "weight_delta": ExportFormat(
+        write_weight_delta,
+        "the changed bytes of the base's files, compressed, for SGLang's pull_weights; needs zstandard",
     ),
     "shira": ExportFormat(write_shira, "a SHiRA adapter for PEFT without this package; Linear weights only"),
     "lora": ExportFormat(write_lora, "the best LoRA adapter of a given rank; Linear and Conv1D weights only"),
@@ -323,21 +327,23 @@ def _write(directory: Path, file: str, extent: Any, values: torch.Tensor, indice
 def _write_modules_to_save(graft: AdapterOnBase, directory: Path, done: ExportResult) -> None:
     """Write modules stored whole over the base's, or into a file of their own if the base has none."""
     extra: dict[str, torch.Tensor] = {}
-    held = {*graft.view.names()}
-    for name, whole in graft.modules_to_save.items():
-        if name not in held:
-            extra[name] = whole
-            continue
-        (extent,) = graft.view.extents(name)
-        if extent.shape != tuple(whole.shape):
-            raise PatchError(
-                f"module to save must have the base's shape, got {tuple(whole.shape)} for {extent.shape} in {name!r}. "
-                "Use a base without this module, such as the pretrained model."
-            )
-        _write(directory, extent.path.name, extent, whole.to(extent.dtype))
+    for whole in graft.whole_edits():
+        if whole.extent is None:
+            extra[whole.name] = whole.values
+        else:
+            dtype: Any = whole.extent.dtype
+            _write(directory, whole.extent.path.name, whole.extent, whole.values.to(dtype))
     if extra:
         _add_file(graft, directory, extra)
         done.notes.append(f"the base has no {', '.join(sorted(extra))}; they are in {HEAD_FILE}.")
+
+
+def _note_whole(done: ExportResult, patch: CheckpointPatch) -> None:
+    """Tell which tensors stand in the file without indices, and which of them the base does not have."""
+    if whole := sorted(name for name, edit in patch.edits.items() if edit.indices is None):
+        done.notes.append(f"{', '.join(whole)}: stored whole, without indices.")
+    if lost := patch.without_base:
+        done.notes.append(f"the base has no {', '.join(lost)}; an engine that runs it cannot take them.")
 
 
 def _add_file(graft: AdapterOnBase, directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -361,7 +367,3 @@ def _add_file(graft: AdapterOnBase, directory: Path, tensors: Mapping[str, torch
         fields["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels[-1])}
         fields["label2id"] = {f"LABEL_{label}": label for label in range(labels[-1])}
     config.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -3,10 +3,10 @@
     python benchmarks/bytes_per_entry.py --out benchmarks/results/size/bytes_per_entry.csv
 
 The model has the shapes of GPT-2 small (124M parameters), in bfloat16. Entries are taken at random positions, so no
-code can be shorter than `bound`: the entropy of a position, (log2(1/d) + 1.44) / 8 bytes, and the 2 bytes of the
-value.
+code can be shorter than `bound`: the entropy of a position, (log2(1/d) + 1.44) / 8 bytes, and the 16, 1, 4 or 8 bits of
+the value. (The deltas are random too, so the scales of the code "sign" fit badly here; their bytes are the same.)
 
-- `bytes` is the size of `adapter_model.safetensors`, header included.
+- `bytes_per_entry` is all in: `adapter_model.safetensors`, header included, and `adapter_config.json`.
 - `targets` names the eligible modules: all but the embeddings (the default), or all.
 - SHiRA is the adapter that `peft-graft export --to shira` writes. It pads every layer to r(m + n) entries; its bytes
   are divided by the entries of the patch that it holds.
@@ -15,6 +15,7 @@ value.
 from __future__ import annotations
 
 import tempfile
+from itertools import product
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -27,24 +28,28 @@ import timing
 from peft_graft import GraftConfig, export, extract, inspect
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
-FILE = "adapter_model.safetensors"
+BITS = {"donor": 16, "sign": 1, "int4": 4, "int8": 8}
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def bound(density: float) -> float:
+def bound(density: float, values: str) -> float:
     """Return the smallest possible bytes of an entry at a random position: index and value."""
-    return (log2(1 / density) + 1.44) / 8 + 2
+    return (log2(1 / density) + 1.44 + BITS[values]) / 8
 
 
-def row(name: str, adapter: Path, targets: str, density: float) -> dict[str, Any]:
+def row(name: str, adapter: Path, targets: str, density: float, values: str = "donor") -> dict[str, Any]:
     """Return one row of the csv file: the bytes of an adapter by part."""
     found = inspect(adapter)
-    size = (adapter / FILE).stat().st_size
-    parts = {part: f"{count / found.entries:.4f}" for part, count in found.nbytes.items()}
-    limits = {"bound": f"{bound(density):.4f}", "over_bound": f"{size / found.entries / bound(density):.4f}"}
+    config = (adapter / CONFIG).stat().st_size
+    size = (adapter / FILE).stat().st_size + config
+    parts = {part: f"{count / found.entries:.4f}" for part, count in [*found.nbytes.items(), ("config", config)]}
+    smallest = bound(density, values)
+    limits = {"bound": f"{smallest:.4f}", "over_bound": f"{size / found.entries / smallest:.4f}"}
     about = {
         "model": name,
         "targets": targets,
         "density": density,
+        "code": values,
         "entries": found.entries,
         "bytes": size,
         "tensors": found.tensors,
@@ -58,14 +63,21 @@ def gpt2(args: Any, folder: Path) -> list[dict[str, Any]]:
     donor = timing.donor_of(base)
     rows = []
     for targets in (None, "all"):
-        for density in DENSITIES:
+        for density, values in product(DENSITIES, BITS):
             config = GraftConfig(
-                donor=donor, density=density, selection="random", target_modules=targets, seed=args.seed
+                donor=donor,
+                density=density,
+                selection="random",
+                target_modules=targets,
+                values=values,
+                task_type="FEATURE_EXTRACTION",
+                base_model_name_or_path="openai-community/gpt2",
+                seed=args.seed,
             )
             model = get_peft_model(base, config)
             model.save_pretrained(folder / "adapter")
             model.unload()
-            rows.append(row("gpt2", folder / "adapter", targets or "default", density))
+            rows.append(row("gpt2", folder / "adapter", targets or "default", density, values))
     return rows
 
 

@@ -40,6 +40,7 @@ DENSITIES = (1e-4, 1e-3, 1e-2, 1e-5, 1e-1)
 COLUMNS = (
     "donor", "optimizer", "seed", "rule", "alpha_mode", "density", "entries", "alpha",
     "accuracy", "f1", "ece", "loss", "agreement", "seconds", "torch", "transformers", "peft", "threads",
+    "values", "values_error",
 )  # fmt: skip
 
 
@@ -67,9 +68,14 @@ class Bench:
         self.path = Path(args.out) / f"{directory.name}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.done: set[tuple[str, ...]] = set()
+        self.columns: tuple[str, ...] = COLUMNS
         if self.path.exists():
             with self.path.open(encoding="utf-8") as file:
-                self.done = {self._key(row) for row in csv.DictReader(file)}
+                reader = csv.DictReader(file)
+                self.done = {self._key(row) for row in reader}
+                self.columns = tuple(reader.fieldnames or COLUMNS)
+        if args.values != ["donor"] and "values" not in self.columns:
+            raise SystemExit(f"{self.path} was begun without --values. Give another --out for codes of values.")
         self.measured: dict[str, torch.Tensor] | None = None
         logits, self.labels = tasks.predict(self.load("donor"), self.test, self.tokenizer)
         self.donor_predictions = logits.argmax(-1).tolist()
@@ -78,14 +84,23 @@ class Bench:
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[str, ...]:
-        return (row["rule"], row["alpha_mode"], f"{float(row['density']):.1e}")
+        return (row["rule"], row["alpha_mode"], f"{float(row['density']):.1e}", row.get("values") or "donor")
 
     def load(self, name: str) -> Any:
         """Load the model "base" or "donor", in evaluation mode."""
         return AutoModelForSequenceClassification.from_pretrained(self.directory / name).eval()
 
     def _write(
-        self, rule: str, mode: str, density: float, entries: int, alpha: float, logits: torch.Tensor, seconds: float
+        self,
+        rule: str,
+        mode: str,
+        density: float,
+        entries: int,
+        alpha: float,
+        logits: torch.Tensor,
+        seconds: float,
+        values: str = "donor",
+        error: float = 0.0,
     ) -> None:
         decisions = logits.argmax(-1).tolist()
         row: dict[str, Any] = {
@@ -95,18 +110,19 @@ class Bench:
             **Agreement().compute(predictions=decisions, references=self.donor_predictions),
             "seconds": round(seconds, 2),
             **{name: version(name) for name in ("torch", "transformers", "peft")}, "threads": torch.get_num_threads(),
+            "values": values, "values_error": error,
         }  # fmt: skip
         if self._key(row) in self.done:
             return
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             if new:
                 writer.writeheader()
             writer.writerow(row)
         self.done.add(self._key(row))
         print(
-            f"{self.directory.name} {rule:12} {mode:5} density {density:.0e} alpha {alpha:8.3g} accuracy "
+            f"{self.directory.name} {rule:12} {values:5} {mode:5} density {density:.0e} alpha {alpha:8.3g} accuracy "
             f"{row['accuracy']:.4f} ece {row['ece']:.3f} loss {row['loss']:.4f} {seconds:6.1f} s",
             flush=True,
         )
@@ -114,19 +130,24 @@ class Bench:
     def _record(self, model: Any, rule: str, mode: str, density: float, seconds: float) -> None:
         config = model.peft_config["default"]
         logits, _ = tasks.predict(model.eval(), self.test, self.tokenizer)
-        self._write(rule, mode, density, config.record.entries, config.alpha, logits, seconds)
+        if rule == "learned" and config.values != "donor":
+            model.save_pretrained(self.path.parent / "tmp" / "saved")  # which records what the code loses
+        error = (config.record.provenance or {}).get("values_error", 0.0)
+        entries, alpha = config.record.entries, config.alpha
+        self._write(rule, mode, density, entries, alpha, logits, seconds, config.values, error)
 
-    def point(self, rule: str, density: float, modes: list[str]) -> None:
-        """Measure one rule at one density for each mode of alpha ("1", "auto") that has no row yet."""
-        modes = [mode for mode in modes if (rule, mode, f"{density:.1e}") not in self.done]
+    def point(self, rule: str, density: float, modes: list[str], values: str = "donor") -> None:
+        """Measure a rule at a density with a code, for each mode of alpha ("1", "auto") that has no row yet."""
+        modes = [mode for mode in modes if (rule, mode, f"{density:.1e}", values) not in self.done]
         if not modes:
             return
         if rule == "learned":
             for mode in modes:
                 started = time.perf_counter()
                 options = GraftArguments(
-                    density=density, alpha=mode, seed=self.made["seed"], output_dir=str(self.path.parent / "tmp")
-                )
+                    density=density, alpha=mode, seed=self.made["seed"], output_dir=str(self.path.parent / "tmp"),
+                    values=values,
+                )  # fmt: skip
                 donor = str(self.directory / "donor")
                 model = fit(self.load("base"), donor, self.tokenizer, self.train, self.calibration, options)
                 self._record(model, rule, mode, density, time.perf_counter() - started)
@@ -134,7 +155,7 @@ class Bench:
         started = time.perf_counter()
         config = GraftConfig(
             donor=str(self.directory / "donor"), density=density, selection=rule, task_type="SEQ_CLS",
-            seed=self.made["seed"],
+            seed=self.made["seed"], values=values,
         )  # fmt: skip
         model = get_peft_model(self.load("base"), config)
         if rule == "sigmoid":
@@ -184,6 +205,9 @@ def main() -> None:
     parser.add_argument(
         "--densities", nargs="+", type=float, default=list(DENSITIES), help="densities to measure, in this order"
     )
+    parser.add_argument(
+        "--values", nargs="+", default=["donor"], help="what is stored of an entry: donor, sign, int4, int8"
+    )
     parser.add_argument("--alphas", nargs="+", default=["1", "auto"], help="'1', 'auto' or both")
     parser.add_argument("--mask-rows", type=int, default=2048, help="rows that train a learned mask")
     parser.add_argument("--calibration-rows", type=int, default=512, help="other rows that fit alpha")
@@ -196,7 +220,8 @@ def main() -> None:
     for rule in args.rules:
         for density in args.densities:
             for bench in benches:
-                bench.point(rule, density, args.alphas)
+                for values in args.values:
+                    bench.point(rule, density, args.alphas, values)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,16 @@ def groups(rows: Rows) -> dict[tuple[str, float, str, str], Rows]:
     found: dict[tuple[str, float, str, str], Rows] = defaultdict(list)
     for row in rows:
         if row["rule"] in ORDER:
-            found[row["optimizer"], float(row["density"]), row["rule"], row["alpha_mode"]].append(row)
-    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], ORDER.index(item[0][2]), item[0][3])))
+            coded = row.get("values") or "donor"
+            rule = row["rule"] if coded == "donor" else f"{row['rule']}, {coded}"
+            found[row["optimizer"], float(row["density"]), rule, row["alpha_mode"]].append(row)
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], _rank(item[0][2]), item[0][3])))
+
+
+def _rank(rule: str) -> tuple[int, str]:
+    """Return the place of a rule in the table, with its codes of values after it."""
+    name, _, coded = rule.partition(", ")
+    return ORDER.index(name), coded
 
 
 def table(rows: Rows) -> str:

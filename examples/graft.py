@@ -88,6 +88,13 @@ class GraftArguments:
     alpha_scope: str = field(
         default="global", metadata={"help": "Fit one alpha for all tensors ('global') or one per 'tensor'."}
     )
+    values: str = field(
+        default="donor",
+        metadata={
+            "choices": ["donor", "sign", "int4", "int8"],
+            "help": "What is stored of an entry: the donor's value, or a code of its delta, of 1, 4 or 8 bits.",
+        },
+    )
     candidate_ratio: float = field(
         default=10.0, metadata={"help": "Candidates of a learned mask, as a multiple of the budget."}
     )
@@ -193,6 +200,7 @@ def fit(
         candidate_ratio=args.candidate_ratio,
         alpha="auto" if args.alpha == "auto" else float(args.alpha),
         alpha_scope=args.alpha_scope,
+        values=args.values,
         task_type="SEQ_CLS",
         seed=args.seed,
     )

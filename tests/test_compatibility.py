@@ -80,6 +80,7 @@ def test_a_run_in_which_all_passed_writes_the_table(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} >= {"table.md"} and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", sorted(BAD))
 def test_one_test_that_did_not_pass_and_there_is_no_table(how: str, tmp_path: Path) -> None:
     before, after, message = BAD[how]

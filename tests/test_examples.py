@@ -91,6 +91,7 @@ def test_validation_rows_are_never_fitted_on(world: dict[str, str]) -> None:
     assert sorted([*donors, *fresh]) == sorted(everything)
 
 
+@pytest.mark.slow
 def test_embedded_task_keeps_modules_apart() -> None:
     train, test = (tasks.docstring_rows(split, 64) for split in ("train", "test"))
     assert not {*train["text"]} & {*test["text"]}

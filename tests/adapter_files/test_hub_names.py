@@ -82,6 +82,7 @@ def test_local_paths_are_removed(tmp_path: Path) -> None:
         revision="v1",
         donor=str(tmp_path / "donor"),
         donor_revision="main",
+        donor_subfolder="unet",
         alpha=2.5,
         provenance={"versions": {"peft": "1"}, "command": ["extract", str(base)]},
     )
@@ -92,6 +93,7 @@ def test_local_paths_are_removed(tmp_path: Path) -> None:
         "revision": None,
         "donor": None,
         "donor_revision": None,
+        "donor_subfolder": None,
         "alpha": 2.5,
         "provenance": {"versions": {"peft": "1"}, "command": ["extract", None]},
     }

@@ -70,6 +70,7 @@ def test_logits_in_place_of_probabilities_are_refused() -> None:
         ExpectedCalibrationError().compute(predictions=[[3.0, -1.0]], references=[0])
 
 
+@pytest.mark.slow
 def test_calibration_does_not_import_evaluate() -> None:
     code = "import sys, peft_graft.analysis.calibration; sys.exit('evaluate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -134,6 +134,7 @@ def test_skill_map_refuses_what_it_cannot_draw(matrix: list, message: str) -> No
         skill_map(matrix, ["0"], ["a", "b"])
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw() -> None:
     code = "import sys, peft_graft.analysis.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -65,9 +65,9 @@ def test_a_trainer_lowers_the_loss_and_saves_a_packed_patch(tmp_path: Path) -> N
     [
         {},
         {"budget_scope": "tensor", "density": 0.05},
-        {"alpha": 7.0},
-        {"task_type": None},
-        {"candidate_ratio": 3},
+        pytest.param({"alpha": 7.0}, marks=pytest.mark.slow),
+        pytest.param({"task_type": None}, marks=pytest.mark.slow),
+        pytest.param({"candidate_ratio": 3}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -184,7 +184,7 @@ def test_a_model_that_shares_the_weights_writes_to_none_that_another_is_running_
     assert are_equal(found[0], wanted[1])
 
 
-@pytest.mark.parametrize("alpha", [1.0, 2.5])
+@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.slow), 2.5])
 def test_blocks_that_are_compiled_see_the_patch_once(alpha: float) -> None:
     base, model = grafted(alpha=alpha)
     model.add_adapter("other", GraftConfig(donor=perturbed(base, scale=0.3, seed=9), **OPTIONS))

@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from grafts import DTYPES, FAMILIES, MLP, TASKS, graft, held, output, parameters, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import SelectionError
+from peft_graft.patch.value_codes import VALUE_CODES, TensorPatch, encode_values
 from peft_graft.selection.topk import top_k_mask
 from peft_graft.tuner.mask import Slot
 
@@ -235,16 +236,19 @@ def test_the_mask_is_computed_once_per_change(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_slot_keeps_the_parameter_that_an_optimizer_holds() -> None:
     slot = Slot(("weight",))
-    index, values = torch.arange(3), torch.ones(3)
-    slot.install("weight", index, values, torch.zeros(3))
+    part = TensorPatch(torch.arange(3), torch.ones(3))
+    slot.install("weight", part, torch.zeros(3))
     logits = slot.logits("weight")
-    slot.install("weight", index, values, torch.ones(3))
+    slot.install("weight", part, torch.ones(3))
     assert slot.logits("weight") is logits and torch.equal(logits, torch.ones(3))
-    slot.install("weight", index[:2], values[:2], torch.zeros(2))
+    slot.install("weight", TensorPatch(torch.arange(2), torch.ones(2)), torch.zeros(2))
     assert slot.logits("weight") is not logits
     assert set(slot.tensors("weight")) == {"indices", "values", "logits"}
-    slot.install("weight", index, values)
-    assert slot.logits("weight") is None and list(slot.tensors("weight")) == ["indices", "values"]
+    coded, _ = encode_values(part.indices, part.values, torch.zeros(3), VALUE_CODES["sign"])
+    slot.install("weight", coded)
+    assert slot.logits("weight") is None and list(slot.tensors("weight")) == ["indices", "levels", "scales"]
+    slot.install("weight", part)
+    assert list(slot.tensors("weight")) == ["indices", "values"] and not slot.codes
     slot.remove("weight")
     slot.remove("weight")
     assert slot.params == [] and slot.tensors("weight") == {} and list(slot.state_dict()) == []

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_graft import GraftConfig, GraftModel
-from peft_graft.checkpoints.name_mapping import plain_state
+from peft_graft.tuner import modules_to_save
 
 FIXED = {"selection": "magnitude"}
 
@@ -23,16 +22,14 @@ FIXED = {"selection": "magnitude"}
 class Noise:
     """A donor for any base: the base plus noise from torch's generator, as PEFT's tests draw their random weights.
 
-    It names no tensors before it has met a base. Those that are not targeted, `modules_to_save` among them, equal the
-    base's.
+    It names no tensors before it has met a base, and then only the targeted ones: `modules_to_save` thus keep the
+    base's values and train, as PEFT's tests expect.
     """
 
     name = "noise"
 
-    def __init__(
-        self, base: Mapping[str, torch.Tensor] | None = None, others: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        self._tensors = dict(others or {})
+    def __init__(self, base: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._tensors = {}
         for name, tensor in (base or {}).items():
             # Almost equal sizes: no tensor dominates the budget, and a mask changes with a few steps of training.
             sizes = 0.3 + 1e-4 * torch.rand(tensor.shape)
@@ -40,7 +37,7 @@ class Noise:
             self._tensors[name] = (tensor.float().cpu() + signs * sizes).to(tensor.dtype)
 
     def names(self) -> list[str]:
-        """Names of the tensors."""
+        """Names of the targeted tensors."""
         return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -58,16 +55,14 @@ def meet_the_base() -> None:
 
     def graft(self: GraftModel, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        if not isinstance(config.donor, Noise):
-            stock(self, adapter_name)
-            return
-        config.donor = Noise(self.base_tensors(self.targets(adapter_name)), plain_state(self.model))
+        if isinstance(config.donor, Noise):
+            config.donor = Noise(self.base_tensors(self.targets(adapter_name)))
         stock(self, adapter_name)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                module.modules_to_save[adapter_name].requires_grad_(True)  # as PEFT's tests expect
 
     GraftModel._graft = graft
+    named = modules_to_save._named_by_user
+    # Of a donor of files, a module that the user names and the donor lacks is refused.
+    modules_to_save._named_by_user = lambda config: () if isinstance(config.donor, Noise) else named(config)
 
 
 @dataclass

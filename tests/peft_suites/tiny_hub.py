@@ -108,7 +108,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "peft-internal-testing/tiny-random-ResNetForImageClassification": _make(
         "ResNet", "ForImageClassification", hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, num_labels=3
     ),
-    "bert-base-uncased": _make("Bert", "ForMaskedLM", **_BERT),
+    "bert-base-uncased": _make("Bert", "ForPreTraining", **_BERT),
     "peft-internal-testing/tiny-random-BertModel": _make("Bert", "Model", **_BERT),
     "peft-internal-testing/tiny-random-RobertaModel": _make("Roberta", "Model", **_ROBERTA),
     "peft-internal-testing/tiny-random-DebertaModel": _make(

@@ -10,7 +10,9 @@ loaded back to check that its logits are equal.
 
 Three sets of rows are kept apart. `--calibration-samples` rows of --train fit alpha, `--max-train-samples` others train
 (or score) the mask, and --validation only measures. Use rows that the donor was not trained on if you have some; pass
-over its rows with `--skip-train-samples`. Without --base and --donor, a donor is made first, on a built-in task.
+over its rows with `--skip-train-samples`. Rows need no labels: without, mask and alpha are fitted to the donor's own
+outputs (`--objective donor`), and the graft is measured by how much it agrees with the donor. Without --base and
+--donor, a donor is made first, on a built-in task.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ from transformers import (
 
 import tasks
 from make_donor import DonorArguments, make_donor
-from peft_graft import RULES, AlphaCallback, GraftConfig, initialize_graft
+from peft_graft import RULES, AlphaCallback, DonorObjectiveMixin, GraftConfig, initialize_graft, use_donor_outputs
 from peft_graft.analysis.metrics import Agreement
 from peft_graft.training.callbacks import GraftCallback, last_checkpoint
+from peft_graft.training.donor_objective import divergence
+from peft_graft.training.donor_outputs import Distributions
 from peft_graft.workflows.push import write_card
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -72,7 +76,20 @@ class GraftArguments:
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Text column, or two columns for pairs. Default: as found."}
     )
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels; rows without it are taken as unlabelled."}
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["labels", "donor"],
+            "help": "Fit mask and alpha to the labels, or to the donor's own outputs. Default: labels, if any.",
+        },
+    )
+    donor_outputs: str | None = field(
+        default=None,
+        metadata={"help": "Directory of the donor's outputs that store_donor_outputs wrote. Default: computed here."},
+    )
     density: float | None = field(
         default=None, metadata={"help": "Share of the eligible entries to take, in (0, 1]. Default 1e-3."}
     )
@@ -127,6 +144,10 @@ class GraftArguments:
         default=False, metadata={"help": "Run the code that comes with a model which transformers lacks."}
     )
     output_dir: str = field(default="graft_out", metadata={"help": "Directory for the adapter and metrics.json."})
+
+
+class GraftTrainer(DonorObjectiveMixin, Trainer):
+    """A Trainer whose loss is the objective of the graft."""
 
 
 def batches(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, size: int = 64) -> list[dict[str, torch.Tensor]]:
@@ -201,10 +222,13 @@ def fit(
         alpha="auto" if args.alpha == "auto" else float(args.alpha),
         alpha_scope=args.alpha_scope,
         values=args.values,
+        objective=args.objective or "labels",
         task_type="SEQ_CLS",
         seed=args.seed,
     )
     model = get_peft_model(base, config)
+    if args.donor_outputs is not None:
+        use_donor_outputs(model, args.donor_outputs)
     held_out = batches(calibration, tokenizer)
     state = tasks.launched()
     if config.needs_data or config.selection == "sigmoid":
@@ -230,11 +254,18 @@ def fit(
         )
         callbacks = [AlphaCallback(held_out) if config.alpha == "auto" else GraftCallback()]
         options = {"args": training_args, "train_dataset": train, "data_collator": tasks.collator(tokenizer)}
-        trainer = Trainer(model, callbacks=callbacks, **options)
+        trainer = GraftTrainer(model, callbacks=callbacks, **options)
         resume = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "last" else resume)
         model.trainer = trainer  # a sharded model runs as long as the engine of its Trainer lives
     return model.eval()
+
+
+def helped(model: PeftModel) -> bool | None:
+    """Return whether the training of a mask has lowered the calibration loss; None where none was trained."""
+    trainer = getattr(model, "trainer", None)
+    callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+    return next((each.helped for each in callbacks if isinstance(each, AlphaCallback)), None)
 
 
 def own_donor(args: GraftArguments) -> tuple[Path, Path]:
@@ -297,7 +328,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
     wanted = args.max_train_samples + args.calibration_samples
     rows = tasks.load_rows(args.train, "train", **options, limit=wanted, skip=skip, seed=args.seed)
     if not embedded:
-        options["label_names"] = tasks.label_names(rows)
+        options["label_names"] = tasks.label_names(rows) or None
+    args.objective = args.objective or ("labels" if "label" in rows.column_names else "donor")
     held_out = min(args.calibration_samples, len(rows) // 2)
     calibration = tasks.tokenize(rows.select(range(held_out)), tokenizer, args.max_length)
     train = tasks.tokenize(rows.select(range(held_out, len(rows))), tokenizer, args.max_length)
@@ -317,7 +349,8 @@ def run(args: GraftArguments) -> dict[str, Any]:
     del donor
 
     if state.is_main_process:
-        print(f"grafting: {args.selection} mask, alpha {args.alpha} ...", flush=True)
+        fitted_to = "the labels" if args.objective == "labels" else "the donor's outputs"
+        print(f"grafting: {args.selection} mask, alpha {args.alpha}, fitted to {fitted_to} ...", flush=True)
     started = time.perf_counter()
     model = fit(base, args.donor, tokenizer, train, calibration, args)
     seconds = time.perf_counter() - started
@@ -326,8 +359,10 @@ def run(args: GraftArguments) -> dict[str, Any]:
     for name, found in (("base", logits), ("donor", donor_logits), ("graft", graft_logits)):
         decisions = {"predictions": found.argmax(-1).tolist(), "references": donor_logits.argmax(-1).tolist()}
         scores[name] |= Agreement().compute(**decisions)
-        lost = (logits.argmax(-1) == labels) & (found.argmax(-1) != labels)
-        scores[name]["forgotten"] = float(lost.float().mean())  # right with the base, wrong with this one
+        scores[name]["kl"] = float(divergence(Distributions.of(donor_logits, donor_logits.shape[-1]), found).mean())
+        if labels is not None:
+            lost = (logits.argmax(-1) == labels) & (found.argmax(-1) != labels)
+            scores[name]["forgotten"] = float(lost.float().mean())  # right with the base, wrong with this one
 
     model.save_pretrained(out, is_main_process=state.is_main_process)  # shards want every rank to do the same
     if state.is_main_process:
@@ -336,11 +371,14 @@ def run(args: GraftArguments) -> dict[str, Any]:
             difference = float((reloaded - graft_logits).abs().max())
             raise ValueError(f"reloaded logits must equal the graft's, got a difference of {difference!r}.")
     config = model.peft_config["default"]
-    gain = scores["donor"]["accuracy"] - scores["base"]["accuracy"]
+    accuracy = {name: found.get("accuracy") for name, found in scores.items()}
+    gain = None if labels is None else accuracy["donor"] - accuracy["base"]
     report = {
         **scores,
-        "share_of_accuracy": scores["graft"]["accuracy"] / scores["donor"]["accuracy"],
-        "share_of_gain": (scores["graft"]["accuracy"] - scores["base"]["accuracy"]) / gain if gain else None,
+        "share_of_accuracy": None if labels is None else accuracy["graft"] / accuracy["donor"],
+        "share_of_gain": (accuracy["graft"] - accuracy["base"]) / gain if gain else None,
+        "objective": args.objective,
+        "training_helped": helped(model),
         "entries": config.record.entries,
         "eligible": config.record.eligible,
         "alpha": config.alpha,
@@ -362,14 +400,19 @@ def run(args: GraftArguments) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Return a table of base, donor and graft, and the size of the graft, as text."""
-    columns = ("accuracy", "f1", "ece", "loss", "agreement")
+    columns = [name for name in ("accuracy", "f1", "ece", "loss", "agreement", "kl") if name in report["graft"]]
     lines = [f"{'':6}" + "".join(f"{name:>11}" for name in columns)]
     for name in ("base", "donor", "graft"):
         lines.append(f"{name:6}" + "".join(f"{report[name][column]:11.4f}" for column in columns))
     alpha = f"{report['alpha']:.3g}" if isinstance(report["alpha"], float | int) else "one per tensor"
     gain = "" if report["share_of_gain"] is None else f" and {report['share_of_gain']:.1%} of its gain over the base"
+    reached = f"agrees with the donor in {report['graft']['agreement']:.1%} of the rows"
+    if report["share_of_accuracy"] is not None:
+        reached = f"reaches {report['share_of_accuracy']:.1%} of the donor's accuracy{gain}"
+    if report["training_helped"] is False:
+        lines.append("\nTraining the mask did not help; the mask and alpha that it started from are kept.")
     lines += [
-        f"\nThe graft reaches {report['share_of_accuracy']:.1%} of the donor's accuracy{gain}",
+        f"\nThe graft {reached}",
         f"with {report['entries']:,} of {report['eligible']:,} entries "
         f"({report['entries'] / report['eligible']:.4%}), {report['bytes'] / 1024:.1f} KiB on disk, alpha {alpha}, "
         f"found in {report['seconds']:.0f} s.",

@@ -73,14 +73,15 @@ def load_rows(
     skip: int = 0,
     label_names: Sequence[str] | None = None,
 ) -> Dataset:
-    """Load labelled texts into the columns `text`, `text_pair` (pairs only) and `label`.
+    """Load texts into the columns `text`, `text_pair` (pairs only) and `label` (labelled rows only).
 
     Args:
         spec: "docstrings" for the embedded task; a .json, .jsonl, .csv or .tsv file (also with .gz); or a Hub data
             set as "id", "id:config" or "id:config:split".
         split: "train", "validation" or "test". Ignored for a local file.
         text_columns: One or two column names. By default `sentence`, `text`, or `sentence1` and `sentence2`, as found.
-        label_column: Column of the labels: integers from 0, or strings.
+        label_column: Column of the labels: integers from 0, or strings. Rows without the column "label" are taken as
+            unlabelled; any other name must be there.
         limit: Number of rows to keep; all by default.
         seed: Seed of the shuffle that `skip` and `limit` apply to. The embedded task's validation and test rows are the
             same for every seed.
@@ -89,7 +90,7 @@ def load_rows(
             split but train, so that a name has the same index everywhere. By default the sorted names in these rows.
 
     Returns:
-        The rows. `label` is a `datasets.ClassLabel`, which has the class names.
+        The rows. `label`, if there is one, is a `datasets.ClassLabel`, which has the class names.
 
     Raises:
         ValueError: Columns are missing, a label is not one of `label_names`, or no rows are left.
@@ -100,7 +101,8 @@ def load_rows(
         return Dataset.from_dict(columns, Features(text=Value("string"), label=ClassLabel(names=list(LIBRARIES))))
     rows = _read(spec, split)
     rows = _standard_columns(rows, text_columns, label_column, where=f" in {spec!r}")
-    rows = _index_labels(rows, label_names, where=f" in {spec!r}")
+    if "label" in rows.column_names:
+        rows = _index_labels(rows, label_names, where=f" in {spec!r}")
     if limit is not None or skip:
         rows = rows.shuffle(seed=seed)
         rows = rows.select(range(skip, len(rows) if limit is None else min(skip + limit, len(rows))))
@@ -110,19 +112,19 @@ def load_rows(
 
 
 def label_names(rows: Dataset) -> list[str]:
-    """Return the class names of loaded rows, in the order of their indices."""
-    return list(rows.features["label"].names)
+    """Return the class names of loaded rows, in the order of their indices; none of unlabelled ones."""
+    return list(rows.features["label"].names) if "label" in rows.column_names else []
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 64) -> Dataset:
-    """Turn texts into token ids, cut to `max_length` tokens and not padded, and labels into the column `labels`."""
+    """Turn texts into token ids, cut to `max_length` tokens and not padded, and any labels into the column `labels`."""
 
     def encode(batch: Mapping[str, list]) -> Mapping[str, list]:
         pair = batch.get("text_pair")
         return tokenizer(batch["text"], pair, truncation=True, max_length=max_length, padding=False)
 
     encoded = rows.map(encode, batched=True, remove_columns=[c for c in rows.column_names if c != "label"])
-    return encoded.rename_column("label", "labels")
+    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
@@ -135,7 +137,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
 @torch.no_grad()
 def predict(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the logits of a model in evaluation mode.
 
     Args:
@@ -145,7 +147,7 @@ def predict(
         batch_size: Rows per forward pass.
 
     Returns:
-        Logits, float32 [N, C] on the CPU, and labels, int64 [N], both in the order of the rows.
+        Logits, float32 [N, C] on the CPU, and labels, int64 [N] or None, both in the order of the rows.
     """
     collate, device = collator(tokenizer), next(model.parameters()).device
     order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")  # little padding
@@ -154,17 +156,19 @@ def predict(
     parts = []
     for start in range(0, len(order), batch_size):
         batch = collate([encoded[int(row)] for row in order[start : start + batch_size]]).to(device)
-        batch.pop("labels")
+        batch.pop("labels", None)
         parts.append(model(**batch).logits.float().cpu())
     model.train(was_training)
     shuffled = torch.cat(parts)
     logits = torch.empty_like(shuffled)
     logits[torch.from_numpy(order)] = shuffled
-    return logits, torch.tensor(encoded["labels"])
+    return logits, torch.tensor(encoded["labels"]) if "labels" in encoded.column_names else None
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Compute accuracy, F1 (of class 1, or macro for more than two classes), ECE and mean cross-entropy."""
+def measure(logits: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
+    """Compute accuracy, F1 (of class 1, or macro for more than two classes), ECE and loss; nothing without labels."""
+    if labels is None:
+        return {}
     decisions = {"predictions": logits.argmax(-1).tolist(), "references": labels.tolist()}
     probabilities = logits.double().softmax(-1).tolist()
     return {
@@ -200,16 +204,16 @@ def _standard_columns(rows: Dataset, text_columns: Sequence[str] | None, label_c
     if not text_columns:
         usual = (["sentence"], ["text"], ["sentence1", "sentence2"], ["premise", "hypothesis"])
         text_columns = next((names for names in usual if set(names) <= set(rows.column_names)), [])
-    missing = [name for name in (*text_columns, label_column) if name not in rows.column_names]
+    is_labelled = label_column in rows.column_names or label_column != "label"
+    wanted = (*text_columns, label_column) if is_labelled else (*text_columns,)
+    missing = [name for name in wanted if name not in rows.column_names]
     if missing or not 1 <= len(text_columns) <= 2:
         raise ValueError(
             f"text_columns must be one or two columns and label_column one, got {list(text_columns)!r} and "
             f"{label_column!r}{where}. There are {rows.column_names!r}."
         )
-    rows = rows.select_columns([*text_columns, label_column])
-    names = dict(
-        zip((*text_columns, label_column), (*("text", "text_pair")[: len(text_columns)], "label"), strict=True)
-    )
+    rows = rows.select_columns([*wanted])
+    names = dict(zip(wanted, (*("text", "text_pair")[: len(text_columns)], "label"), strict=False))
     return rows.rename_columns({old: new for old, new in names.items() if old != new})
 
 

@@ -40,6 +40,31 @@ def test_graft_runs_saves_and_reports(world: dict[str, str], tmp_path: Path, sel
     assert f"{report['entries']:,} of {report['eligible']:,} entries" in table(report)
 
 
+@pytest.mark.parametrize("selection", ["learned", "magnitude"])
+def test_rows_without_labels_are_fitted_to_the_donor(world: dict[str, str], tmp_path: Path, selection: str) -> None:
+    plain = dict(world)
+    for name in ("train", "validation"):
+        lines = Path(world[name]).read_text(encoding="utf-8").splitlines()
+        plain[name] = str(tmp_path / f"{name}.jsonl")
+        rows = [json.dumps({"sentence": json.loads(line)["sentence"]}) for line in lines]
+        Path(plain[name]).write_text("\n".join(rows), encoding="utf-8")
+    report = run(arguments(plain, tmp_path / "out", selection=selection))
+    assert report["objective"] == "donor" and report["share_of_accuracy"] is None
+    assert report["graft"]["kl"] < report["base"]["kl"] and "accuracy" not in report["graft"]
+    assert report["donor"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "The graft agrees with the donor in " in table(report)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["objective"] == "donor"
+    assert "agreement" in ModelCard.load(tmp_path / "out" / "README.md").text
+    with pytest.raises(ValueError, match="label_column one, got .* and 'mood'"):
+        run(arguments(plain, tmp_path / "wrong", label_column="mood"))
+
+
+def test_labels_can_be_left_aside(world: dict[str, str], tmp_path: Path) -> None:
+    report = run(arguments(world, tmp_path, objective="donor", selection="learned"))
+    assert report["objective"] == "donor" and report["graft"]["kl"] < report["base"]["kl"]
+    assert report["share_of_accuracy"] > 0 and report["training_helped"] is not None
+
+
 def test_graft_resumes_a_killed_run(world: dict[str, str], tmp_path: Path) -> None:
     whole = run(arguments(world, tmp_path / "whole", epochs=2, save_steps=2))
     checkpoint = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")

@@ -10,7 +10,7 @@ from .selection.rules import RULES, register_rule
 from .selection.topk import SelectionError
 from .training.alpha import fit_alpha
 from .training.callbacks import AlphaCallback
-from .training.donor_objective import DonorObjectiveMixin, donor_loss, store_donor_outputs
+from .training.donor_objective import DonorObjectiveMixin, donor_loss, store_donor_outputs, use_donor_outputs
 from .training.donor_outputs import DonorOutputs
 from .training.initialize import initialize_graft
 from .tuner import GraftConfig, GraftModel
@@ -47,4 +47,5 @@ __all__ = [
     "register_rule",
     "stitch",
     "store_donor_outputs",
+    "use_donor_outputs",
 ]

@@ -17,7 +17,7 @@ from batches import regression, squared_error
 from grafts import MLP, graft, held, output, same_bits
 from models import inputs, perturbed, tiny_bert
 from peft_graft import fit_alpha
-from peft_graft.training.alpha import AlphaFit, minimise
+from peft_graft.training.alpha import AlphaFit, find_head_start, minimise
 from peft_graft.training.loss import mean_loss
 
 
@@ -177,3 +177,14 @@ def test_a_loss_that_explodes_beyond_some_alpha_is_no_obstacle() -> None:
         return loss if model().item() < 5 else loss * float("inf")
 
     assert quiet(graft(base, donor, density=1.0), [{}], loss_fn=loss_fn).alpha == pytest.approx(4, rel=0.2)
+
+
+@pytest.mark.parametrize(("best", "wanted"), [(10.0, 3.0), (1.0, 3**0.25), (0.9, 3**0.25), (0.5, 1.0), (1.6, 3**0.75)])
+def test_a_head_start_keeps_half_of_the_gain(best: float, wanted: float) -> None:
+    """The loss (alpha - best)^2 + 1 falls from best^2 + 1 at the base."""
+    model = graft(Quadratic([0.0]), Quadratic([1.0]), density=1.0, alpha=1.0)
+    loss_fn = distance_to(best)
+    found = find_head_start(model, [{}], 3.0, loss_fn=loss_fn)
+    assert found.loss == pytest.approx((1 - best) ** 2, abs=1e-6) and found.loss_of_base == pytest.approx(best**2)
+    assert found.factor == pytest.approx(wanted)
+    assert model.peft_config["default"].alpha == 1.0 and model.base_model.states["default"].trial is None

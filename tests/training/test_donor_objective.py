@@ -23,6 +23,7 @@ from peft_graft import (
     fit_alpha,
     initialize_graft,
     store_donor_outputs,
+    use_donor_outputs,
 )
 from peft_graft.training.donor_objective import divergence, donor_in_place
 from peft_graft.training.donor_outputs import Distributions
@@ -197,7 +198,8 @@ def test_outputs_in_files_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
     assert len(list((tmp_path / "one").iterdir())) > 1
     for name in ("one", "two"):
         fresh = follower(base, donor, task_type="CAUSAL_LM")
-        fresh.base_model.states["default"].donor_outputs = DonorOutputs.open(tmp_path / name)
+        fresh.base_model.donors.clear()
+        use_donor_outputs(fresh, tmp_path / name)
         losses.append([donor_loss(fresh, batch).item() for batch in reversed(rows)])
     assert all(each == losses[0] for each in losses)
     with pytest.raises(FileExistsError, match="output_dir must not exist yet"):

@@ -23,6 +23,9 @@ _STEP = math.log(3.0)
 _LIMIT = math.log(1e5)
 _REFINEMENTS = 4
 _TENSOR_STEPS = 15
+_BACKTRACKING = (1.0, 0.75, 0.5, 0.25)  # powers of the largest head start
+
+Alpha = Any  # a number, or one by tensor name
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,21 @@ class AlphaFit:
     loss: float
     loss_at_one: float
     passes: int
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Result of `find_head_start`.
+
+    Args:
+        factor: The factor on alpha.
+        loss: Calibration loss before, with the factor 1.
+        loss_of_base: Calibration loss of the base.
+    """
+
+    factor: float
+    loss: float
+    loss_of_base: float
 
 
 def fit_alpha(
@@ -115,12 +133,10 @@ def _fit_one(
     state = tuner.states[adapter_name]
 
     def loss_at(log_alpha: float) -> float:
-        state.trial = math.exp(log_alpha)
-        with tuner.applied():  # written once for all batches
-            loss = mean_loss(model, batches, loss_fn)
+        loss = _loss_at(model, tuner, adapter_name, batches, loss_fn, math.exp(log_alpha))
         bar.update()
-        bar.set_postfix(alpha=f"{state.trial:.3g}", loss=f"{loss:.4f}")
-        return loss if math.isfinite(loss) else math.inf
+        bar.set_postfix(alpha=f"{math.exp(log_alpha):.3g}", loss=f"{loss:.4f}")
+        return loss
 
     current = state.alpha if isinstance(state.alpha, int | float) and state.alpha > 0 else 1.0
     seen = minimise(loss_at, math.log(current))
@@ -128,6 +144,68 @@ def _fit_one(
         raise ValueError(f"loss must be finite at alpha = 1, got {seen[0.0]!r}. Check the calibration data.")
     best = min(seen, key=lambda log_alpha: (seen[log_alpha], abs(log_alpha)))
     return AlphaFit(math.exp(best), seen[best], seen[0.0], len(seen))
+
+
+def _loss_at(
+    model: nn.Module, tuner: GraftModel, adapter_name: str, batches: list[Any], loss_fn: LossFn, alpha: Alpha
+) -> float:
+    """Compute the loss at another alpha than the config's; infinity where it is not finite."""
+    state = tuner.states[adapter_name]
+    before, state.trial = state.trial, alpha
+    try:
+        with tuner.applied():  # written once for all batches
+            loss = mean_loss(model, batches, loss_fn)
+    finally:
+        state.trial = before
+    return loss if math.isfinite(loss) else math.inf
+
+
+def scaled(alpha: Alpha, factor: float) -> Alpha:
+    """Multiply alpha, or that of each tensor."""
+    return {name: value * factor for name, value in alpha.items()} if isinstance(alpha, dict) else alpha * factor
+
+
+def find_head_start(
+    model: nn.Module,
+    batches: list[Any],
+    largest: float,
+    *,
+    adapter_name: str = "default",
+    loss_fn: LossFn | None = None,
+) -> HeadStart:
+    """Find how far alpha may go beyond its fit before a mask is trained, by a backtracking line search.
+
+    A trained mask bears a larger scale than the mask that it starts from, but a scale at which the graft is worse than
+    the base teaches it nothing. So the factor is the largest of f, f^(3/4), f^(1/2), f^(1/4) and 1 that keeps half of
+    what the patch gains: L(factor * alpha) <= (L(alpha) + L(0)) / 2.
+
+    Args:
+        model: A model with a complete mask and alpha.
+        batches: Calibration batches.
+        largest: f, the factor to begin with, > 0.
+        adapter_name: Name of the adapter.
+        loss_fn: Mean loss of a batch; default the config's objective.
+
+    Returns:
+        The factor, and the losses at alpha and at the base.
+    """
+    collectives.join()
+    model = extract_model_from_parallel(model)
+    tuner = find_tuner(model)
+    _require_batches(model, batches)
+    require_in_use(tuner, adapter_name)
+    alpha = tuner.states[adapter_name].alpha
+    loss_fn = objective_loss(model, batches, adapter_name, loss_fn, show_progress_bar=False)
+    with evaluating(model):
+        loss, loss_of_base = (
+            _loss_at(model, tuner, adapter_name, batches, loss_fn, each) for each in (alpha, scaled(alpha, 0.0))
+        )
+        for power in _BACKTRACKING:
+            factor = largest**power
+            found = _loss_at(model, tuner, adapter_name, batches, loss_fn, scaled(alpha, factor))
+            if found <= (loss + loss_of_base) / 2:
+                return HeadStart(factor, loss, loss_of_base)
+    return HeadStart(1.0, loss, loss_of_base)
 
 
 def minimise(loss_at: Callable[[float], float], start: float = 0.0) -> dict[float, float]:

@@ -1,24 +1,35 @@
-"""Callbacks of a Trainer that trains a mask: complete checkpoints, and alpha fitted on the way."""
+"""Callbacks of a Trainer that trains a mask: complete checkpoints, alpha fitted on the way, and the best mask kept."""
 
 from __future__ import annotations
 
+import base64
+import logging
+import math
 import os
 import warnings
+import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerCallback
 
 from ..peft_compat.transformers_names import PREFIX_CHECKPOINT_DIR
+from ..tuner.backends.sharded import own_part, own_part_of, whole_shape
 from ..tuner.mask import GraftState
-from .alpha import AlphaFit, fit_alpha
+from .alpha import AlphaFit, find_head_start, fit_alpha, scaled
 from .in_use import find_tuner
 from .loss import LossFn
 
+_LOG = logging.getLogger(__name__)
 COMPLETE = "complete"  # a file in a checkpoint's folder, written when every rank has written its part
 _ALPHA = "graft_alpha"  # the key of alpha in a Trainer's log, which its checkpoints keep
+_BEST = "graft_best"  # the key of the best mask so far there, with its alpha and calibration loss
 
 
 class GraftCallback(TrainerCallback):
@@ -64,16 +75,25 @@ class GraftCallback(TrainerCallback):
 
 
 class AlphaCallback(GraftCallback):
-    """Let a Trainer fit mask and alpha in turns: refit alpha `rounds` times, evenly spaced, the last at the end.
+    """Let a Trainer fit mask and alpha in turns, and keep the best mask: a training that did not help changes nothing.
+
+    Alpha is refitted `rounds` times, evenly spaced, the last at the end. The calibration loss is compared each time,
+    also with that of the mask and the alpha from which the training starts; at the end the model has the best of them.
 
     Args:
-        calibration: Batches with labels that the Trainer does not train on; of several ranks each gives all of them,
-            or its share.
+        calibration: Batches that the Trainer does not train on, with labels unless the config's objective is
+            `"donor"`; of several ranks each gives all of them, or its share.
         rounds: How often alpha is fitted during the training, at least 1.
-        head_start: Factor on alpha when the training starts, > 0. A trained mask bears a larger scale than the mask it
-            starts from, and finds better entries when it has that scale from the beginning.
+        head_start: Largest factor on alpha when the training starts, > 0: a trained mask bears a larger scale than the
+            mask it starts from, and finds better entries when it has that scale from the beginning. Smaller ones are
+            tried if the graft then loses too much, see `find_head_start`.
         adapter_name: Name of the adapter.
-        loss_fn: Mean loss of a batch; default `model(**batch).loss`.
+        loss_fn: Mean loss of a batch; default the config's objective: `model(**batch).loss` or `donor_loss`.
+
+    Attributes:
+        fits: The fits of alpha so far.
+        losses: Calibration loss by the number of steps, where it was looked at: 0 is the start.
+        helped: Whether the training lowered the calibration loss; None before its end.
 
     Raises:
         ValueError: `rounds` or `head_start` is out of range.
@@ -95,26 +115,128 @@ class AlphaCallback(GraftCallback):
         self.head_start = head_start
         self.rounds, self.adapter_name, self.loss_fn = rounds, adapter_name, loss_fn
         self.fits: list[AlphaFit] = []
+        self.losses: dict[int, float] = {}
+        self.helped: bool | None = None
+        self._best: _Point | None = None
+        self._last: _Point | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Give alpha its head start; a resumed training has had it."""
+        """Note where the training starts, and give alpha its head start; or go on where a run is resumed."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        if state.global_step == 0:
-            tuner = find_tuner(model)
-            alpha = tuner.states[self.adapter_name].alpha
-            tuner.peft_config[self.adapter_name].alpha = (
-                {name: value * self.head_start for name, value in alpha.items()}
-                if isinstance(alpha, dict)
-                else alpha * self.head_start
-            )
+        self._best, self._last, self.helped = None, None, None
+        if state.global_step:
+            self._best = _recall(state, model, self.adapter_name)
+            return
+        options: dict[str, Any] = {"adapter_name": self.adapter_name, "loss_fn": self.loss_fn}
+        graft = find_tuner(model).states[self.adapter_name]
+        if graft.config.alpha == "auto":
+            fit_alpha(model, self.calibration, show_progress_bar=False, **options)
+        found = find_head_start(model, self.calibration, self.head_start, **options)
+        self.losses = {0: found.loss}
+        self._keep(state, model, found.loss)
+        graft.config.alpha = scaled(graft.alpha, found.factor)
+
+    def _keep(self, state: Any, model: Any, loss: float) -> None:
+        """Keep the present mask and alpha as the best ones."""
+        graft = find_tuner(model).states[self.adapter_name]
+        self._best = _Point(state.global_step, loss, graft.alpha, _trained(model))
+        _note(state, self._best, {name: graft.mask(name) for name in graft.logits()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Fit alpha where a round ends."""
         ends = {max(1, state.max_steps * (turn + 1) // self.rounds) for turn in range(self.rounds)}
         if state.global_step in ends:
-            options: dict[str, Any] = {"adapter_name": self.adapter_name, "loss_fn": self.loss_fn}
-            self.fits.append(fit_alpha(model, self.calibration, show_progress_bar=False, **options))
+            self._fit(state, model)
         super().on_step_end(args, state, control, model=model, **kwargs)
+
+    def _fit(self, state: Any, model: Any) -> None:
+        options: dict[str, Any] = {"adapter_name": self.adapter_name, "loss_fn": self.loss_fn}
+        fit = fit_alpha(model, self.calibration, show_progress_bar=False, **options)
+        self.fits.append(fit)
+        self.losses[state.global_step] = fit.loss
+        self._last = _Point(state.global_step, fit.loss, fit.alpha, {})
+        if self._best is None or fit.loss < self._best.loss:
+            self._keep(state, model, fit.loss)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Fit alpha if the training has ended early, go back to the best mask and alpha, and say so."""
+        if not args.load_best_model_at_end:  # that has chosen already
+            if self._last is None or self._last.step != state.global_step:
+                self._fit(state, model)
+            self._go_back(model)
+        super().on_train_end(args, state, control, model=model, **kwargs)
+
+    def _go_back(self, model: Any) -> None:
+        best, last = self._best, self._last
+        if best is None or last is None:
+            return
+        self.helped = best.step > 0
+        if best.step == last.step:
+            return
+        graft = find_tuner(model).states[self.adapter_name]
+        for name, parameter in model.named_parameters():
+            if name in best.trained:
+                own_part(parameter).copy_(best.trained[name])
+        graft.config.alpha = best.alpha
+        graft.invalidate()
+        _LOG.warning(
+            "%s: the calibration loss is %.4g after %d steps, and was %.4g %s. %s",
+            "The end of the training did not help" if self.helped else "Training the mask did not help",
+            last.loss,
+            last.step,
+            best.loss,
+            f"after {best.step}" if self.helped else "with the mask and alpha that it started from",
+            "The best mask and alpha are kept. Try more rows, fewer epochs, or a lower learning rate.",
+        )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A point of a training.
+
+    Args:
+        step: Steps so far.
+        loss: Calibration loss.
+        alpha: The scale.
+        trained: This process's part of everything that trains, by name, on the CPU.
+    """
+
+    step: int
+    loss: float
+    alpha: Any
+    trained: dict[str, torch.Tensor]
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: own_part(each).to("cpu", copy=True) for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _note(state: Any, point: _Point, masks: dict[str, torch.Tensor]) -> None:
+    """Note the best point in a Trainer's log, where checkpoints keep it: a bit for each candidate."""
+    state.log_history[:] = [entry for entry in state.log_history if _BEST not in entry]
+    if masks:
+        bits = torch.cat([masks[name].cpu() for name in sorted(masks)]).numpy()
+        mask = base64.b64encode(zlib.compress(numpy.packbits(bits).tobytes())).decode()
+        noted = {"loss": point.loss, "alpha": point.alpha, "mask": mask}
+        state.log_history.append({_BEST: noted, "step": point.step})
+
+
+def _recall(state: Any, model: nn.Module, adapter_name: str) -> _Point | None:
+    """Read the best point from a Trainer's log; None where there is none, or where more than the mask trains."""
+    noted = next((entry for entry in state.log_history if _BEST in entry), None)
+    logits = find_tuner(model).states[adapter_name].logits()
+    held = {id(each): name for name, each in model.named_parameters() if each.requires_grad}
+    if noted is None or held.keys() != {id(each) for each in logits.values()}:
+        return None
+    sizes = [math.prod(whole_shape(logits[name])) for name in sorted(logits)]
+    packed = numpy.frombuffer(zlib.decompress(base64.b64decode(noted[_BEST]["mask"])), dtype=numpy.uint8)
+    bits = torch.from_numpy(numpy.unpackbits(packed, count=sum(sizes))).float()
+    # Logits of 1 in the mask and 0 elsewhere give this very mask.
+    trained = {
+        held[id(logits[name])]: own_part_of(logits[name], part).to("cpu", copy=True)
+        for name, part in zip(sorted(logits), bits.split(sizes), strict=True)
+    }
+    return _Point(noted["step"], noted[_BEST]["loss"], noted[_BEST]["alpha"], trained)
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -212,6 +212,27 @@ def store_donor_outputs(
     return kept
 
 
+def use_donor_outputs(
+    model: nn.Module, outputs: DonorOutputs | str | os.PathLike[str], *, adapter_name: str = "default"
+) -> DonorOutputs:
+    """Give an adapter outputs that were stored before, from this or another process, instead of its donor's own.
+
+    Args:
+        model: A model with a graft; it may be sharded, and its donor need not be at hand.
+        outputs: The outputs, or the directory that holds them.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        ValueError: The directory holds none, or damaged ones.
+    """
+    kept = outputs if isinstance(outputs, DonorOutputs) else DonorOutputs.open(outputs)
+    find_tuner(model).states[adapter_name].donor_outputs = kept
+    return kept
+
+
 def _with_options(kept: DonorOutputs | None, top_k: int | None, tokens: CountedTokens | None) -> DonorOutputs:
     """Return the outputs that are kept already, or a place for new ones.
 
@@ -224,7 +245,7 @@ def _with_options(kept: DonorOutputs | None, top_k: int | None, tokens: CountedT
         raise ValueError(
             f"top_k and tokens must be those of the outputs that are kept, {kept.top_k} and {kept.tokens!r}, got "
             f"{top_k!r} and {tokens!r}. Leave them out, or forget the others first: "
-            "model.base_model.states[adapter_name].donor_outputs = None."
+            "use_donor_outputs(model, DonorOutputs(top_k, tokens))."
         )
     return kept
 

@@ -53,6 +53,32 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return flat[: partition.numel].view(partition.shape)
 
 
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the values of a parameter that this process holds, detached, in the memory that it holds them in."""
+    held: Any = parameter
+    if hasattr(held, "full_tensor"):
+        return held.detach().to_local()
+    partition = partition_of(held)
+    return held.detach() if partition is None or not _is_partitioned(held) else partition.part.detach()
+
+
+def own_part_of(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the part of the whole parameter's values that this process holds; every rank must call this together."""
+    held: Any = parameter
+    if hasattr(held, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # a slow import that few need
+
+        return distribute_tensor(values.to(held.device, held.dtype), held.device_mesh, held.placements).to_local()
+    partition = partition_of(held)
+    if partition is None or not _is_partitioned(held):
+        return values
+    size = partition.part.numel()
+    flat = torch.zeros(size * distributed.get_world_size(partition.group), dtype=values.dtype, device=values.device)
+    flat[: values.numel()] = values.flatten()
+    start = distributed.get_rank(partition.group) * size
+    return flat[start : start + size]
+
+
 def is_partitionable(parameter: torch.Tensor) -> bool:
     """Return whether ZeRO-3 has taken over this parameter, be it partitioned or gathered at the moment."""
     return partition_of(parameter) is not None

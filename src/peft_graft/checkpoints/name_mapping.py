@@ -212,7 +212,7 @@ class RenamedCheckpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._refused: dict[str, str] = {}
         state = plain_state(model)
-        refuse_adapted(checkpoint.names(), checkpoint.name, checkpoint.role)
+        refuse_adapted({*checkpoint.names()} - state.keys(), checkpoint.name, checkpoint.role)
         in_file = look_through(checkpoint.names(), state)
         collected = _collect(list(in_file), model, state)
         for target, (converter, sources) in collected.items():

@@ -105,9 +105,9 @@ def unwrap(donor: Donor, wanted: Iterable[str]) -> Donor:
     Raises:
         DonorError: The donor carries an adapter that is not merged.
     """
-    names = donor.names()
-    refuse_adapted(names, donor.name, getattr(donor, "role", "donor"))
-    plain = look_through(names, wanted)
+    names, own = donor.names(), {*wanted}  # a model may have a module of its own that is named as an adapter's
+    refuse_adapted({*names} - own, donor.name, getattr(donor, "role", "donor"))
+    plain = look_through(names, own)
     return donor if all(one == other for one, other in plain.items()) else UnwrappedDonor(donor, plain)
 
 

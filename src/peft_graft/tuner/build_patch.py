@@ -149,7 +149,7 @@ class PatchBuilder:
         config, donor = self.peft_config[adapter_name], self.open_donor(adapter_name)
         # First, because the body tells another architecture better than the head does.
         names = self.donor_names(adapter_name)
-        extra = require_nothing_more(self.model, donor, config.allow_extra)
+        extra = require_nothing_more(self.model, donor, config.allow_extra, names.values())
         targets, files = self.targets(adapter_name), find_base_files(self.model)
         if files is not None:
             refuse_new_targets(self.model, files, list(targets))

@@ -159,13 +159,14 @@ def tied_modules(model: nn.Module, named: Collection[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def require_nothing_more(model: nn.Module, donor: Donor, allow_extra: bool) -> list[str]:
+def require_nothing_more(model: nn.Module, donor: Donor, allow_extra: bool, patched: Iterable[str] = ()) -> list[str]:
     """Refuse a donor that has tensors within the base's body for which the base has no place.
 
     Args:
         model: The base, with or without adapters in it.
         donor: The donor.
         allow_extra: Take only what both have.
+        patched: The donor's names of the tensors that are targeted.
 
     Returns:
         Names of the donor's tensors that are left out, such as those of a head that the base's class does not have.
@@ -178,7 +179,7 @@ def require_nothing_more(model: nn.Module, donor: Donor, allow_extra: bool) -> l
     prefix = getattr(model, "base_model_prefix", "")
     tensors, aliases = base_tensors(model), aliases_of(model, donor)
     names = [name for tensor in tensors for name in tensor.names]
-    used = {*find_names(names, donor, (prefix,) if prefix else (), aliases).values()}
+    used = {*patched, *find_names(names, donor, (prefix,) if prefix else (), aliases).values()}
     used |= {spelling for name in names for spelling in (name, f"{prefix}.{name}")}
     extra = [name for name in donor.names() if name not in used and not is_ignored_on_load(model, name)]
     body = [name for name in extra if _is_of_body(model, prefix, name)]

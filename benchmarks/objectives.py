@@ -86,7 +86,7 @@ class Bench:
         self.outputs = Path(args.out) / f"{directory.name}_outputs"
         if not self.outputs.exists():
             model = get_peft_model(
-                self._load("base"), GraftConfig(donor=str(directory / "donor"), density=1e-4, task_type="SEQ_CLS")
+                self._load("base"), GraftConfig(donor=str(directory / "donor"), num_params=1, task_type="SEQ_CLS")
             )
             rows_of = [*batches(self.train, self.tokenizer), *batches(self.calibration, self.tokenizer)]
             store_donor_outputs(model, rows_of, output_dir=self.outputs)

@@ -27,6 +27,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from transformers import Trainer  # noqa: E402
 from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 import graft  # noqa: E402
@@ -35,10 +36,14 @@ from grafts import graft as grafted  # noqa: E402
 from grafts import held  # noqa: E402
 from learning import Rows, learner, trainer  # noqa: E402
 from models import inputs, perturbed, tiny_gpt2, tiny_llama, tiny_mamba, tiny_vit  # noqa: E402
-from peft_graft import AlphaCallback, GraftConfig, fit_alpha, initialize_graft  # noqa: E402
+from peft_graft import AlphaCallback, DonorObjectiveMixin, GraftConfig, fit_alpha, initialize_graft  # noqa: E402
 from peft_graft.tuner.backends.sharded import is_sharded  # noqa: E402
 
 BATCH = 4
+
+
+class GraftTrainer(DonorObjectiveMixin, Trainer):
+    """A Trainer with the objective of the config."""
 
 
 def scores(out: Path) -> dict[str, Any]:
@@ -60,17 +65,24 @@ def scores(out: Path) -> dict[str, Any]:
     return found
 
 
-def trains(out: Path) -> dict[str, Any]:
+def trains(out: Path, **config: Any) -> dict[str, Any]:
     """A Trainer, with alpha fitted on the way; accumulates to the same rows per step whatever the number of ranks."""
-    model = learner(density=0.05, alpha="auto")
+    model = learner(density=0.05, alpha="auto", **config)
     accumulate = 4 // PartialState().num_processes
     options = {"average_tokens_across_devices": False, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0}
-    run = trainer(model, out / "checkpoints", callbacks=[AlphaCallback([Rows().batch], head_start=1)], **options)
+    arguments = trainer(model, out / "checkpoints", **options).args
+    callback = AlphaCallback([Rows().batch], head_start=1)
+    run = GraftTrainer(model, arguments, train_dataset=Rows(), callbacks=[callback])
     run.train()
     if PartialState().is_main_process:
         run.model.save_pretrained(out / "adapter")
     PartialState().wait_for_everyone()
-    return seen(run.model)
+    return seen(run.model) | {"losses": [*callback.losses.values()]}
+
+
+def follows(out: Path) -> dict[str, Any]:
+    """The same with the donor's outputs for labels: each rank computes those of its share."""
+    return trains(out, objective="donor")
 
 
 def loops(out: Path) -> dict[str, Any]:
@@ -233,7 +245,7 @@ def seen(model: Any) -> dict[str, Any]:
     return {"held": held(model), "masks": masks, "alpha": state.alpha, "logits": logits, "sharded": sharded}
 
 
-USUAL = (scores, trains, loops, shards)
+USUAL = (scores, trains, follows, loops, shards)
 TASKS: dict[str, Callable[[Path], dict[str, Any]]] = {task.__name__: task for task in (*USUAL, kinds, partitioned)}
 
 

@@ -56,3 +56,24 @@ def test_a_recovery_curve_is_measured_resumed_and_tabulated(
     report.main()
     printed = capsys.readouterr().out
     assert "(1 seed): accuracy" in printed and printed.count("| path_taylor |") == 2
+
+
+def test_objectives_are_compared_on_the_donor_and_on_noise(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    objectives = importlib.import_module("objectives")
+    flags = ["--donors", str(Path(world["donor"]).parent), "--train", world["train"], "--out", str(tmp_path)]
+    flags += ["--validation", world["validation"], "--densities", "0.05", "--mask-rows", "64"]
+    monkeypatch.setattr("sys.argv", ["objectives.py", *flags, "--calibration-rows", "32"])
+    objectives.main()
+    path = tmp_path / f"{Path(world['donor']).parent.name}.csv"
+    text = path.read_text(encoding="utf-8")
+    rows = {(row["objective"], row["deltas"]): row for row in csv.DictReader(text.splitlines())}
+    wanted = [(objective, deltas) for deltas in ("own", "shuffled") for objective in ("labels", "donor")]
+    assert list(rows) == [("", "base"), ("", "donor"), *wanted]
+    assert float(rows["", "donor"]["kl"]) == pytest.approx(0, abs=1e-6) < float(rows["donor", "own"]["kl"])
+    assert float(rows["donor", "own"]["kl"]) < float(rows["", "base"]["kl"])
+    assert all(float(rows[key]["end_loss"]) <= float(rows[key]["start_loss"]) for key in wanted)
+    objectives.main()
+    assert path.read_text(encoding="utf-8") == text  # every point is known

@@ -102,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     """What one process finds by itself."""
     out = tmp_path_factory.mktemp("alone")
     results = {}
-    for name in ("scores", "trains", "loops"):
+    for name in ("scores", "trains", "follows", "loops"):
         results[name] = on_ranks.TASKS[name](out / name)
         AcceleratorState._reset_state(reset_partial_state=True)
     yield out, results
@@ -118,7 +118,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_two_processes(together: Path) -> None:
-    for task in ("scores", "trains", "loops", "shards"):
+    for task in ("scores", "trains", "follows", "loops", "shards"):
         assert [rank["world"] for rank in found(together, task)] == [2, 2]
 
 
@@ -146,7 +146,7 @@ def test_ranks_that_find_different_masks_are_told(together: Path) -> None:
 
 
 @pytest.mark.feature("DDP and FSDP2")
-@pytest.mark.parametrize("task", ["trains", "loops", "shards"])
+@pytest.mark.parametrize("task", ["trains", "follows", "loops", "shards"])
 def test_two_processes_learn_the_mask_of_one_that_accumulates(
     task: str, alone: tuple[Path, dict[str, Any]], together: Path
 ) -> None:
@@ -168,7 +168,7 @@ def assert_same(ranks: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
 
 def test_the_masks_have_changed_in_training(alone: tuple[Path, dict[str, Any]]) -> None:
     start = learner(density=0.05).base_model.states["default"]
-    for task in ("trains", "loops"):
+    for task in ("trains", "follows", "loops"):
         assert alone[1][task]["masks"] != {name: start.mask(name).tolist() for name in start.logits()}
 
 
@@ -202,8 +202,8 @@ def test_every_engine_learns_the_mask_of_one_process(
     engine: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, results = alone
-    launch(engine, tmp_path, "trains", "loops")
-    for task in ("trains", "loops"):
+    launch(engine, tmp_path, "trains", "follows", "loops")
+    for task in ("trains", "follows", "loops"):
         ranks = found(tmp_path, task)
         assert {rank["world"] for rank in ranks} == {2}
         assert {rank["engine"] for rank in ranks} == {"FSDP" if engine == "fsdp2" else "DEEPSPEED"}

@@ -82,7 +82,11 @@ class PairedReader:
         return self._dtypes.get(name, _dtype(self._sides[0][name]))
 
     def map(
-        self, work: Callable[[Block], T], names: Iterable[str] | None = None, workers: int | None = None
+        self,
+        work: Callable[[Block], T],
+        names: Iterable[str] | None = None,
+        workers: int | None = None,
+        block_entries: int = BLOCK_ENTRIES,
     ) -> Iterator[tuple[Span, T]]:
         """Call a function on every block while later ones are being read.
 
@@ -92,6 +96,7 @@ class PairedReader:
             names: Tensors to read, in increasing order; None for all.
             workers: Number of threads that work; a single one works through the blocks in order. Default: as many as
                 torch has, up to 8.
+            block_entries: Most entries of a block, at most `READ_ENTRIES`.
 
         Yields:
             For each block, in order: where it stands, and the result of `work`.
@@ -117,7 +122,9 @@ class PairedReader:
                     soon = reads[number + _ADVISED] if number + _ADVISED < len(reads) else None
                     yield name, start, [reader.submit(name, start, stop, soon) for reader in readers]
 
-            for results in map_in_order(pool, lambda read: self._through(work, *read), submitted(), under_way):
+            for results in map_in_order(
+                pool, lambda read: self._through(work, block_entries, *read), submitted(), under_way
+            ):
                 yield from results
 
     def delta(self, block: Block) -> torch.Tensor:
@@ -132,12 +139,17 @@ class PairedReader:
         return settle_nonfinite(block, delta, self.with_unchanged_nan)
 
     def _through(
-        self, work: Callable[[Block], T], name: str, start: int, read: list[Future[torch.Tensor]]
+        self,
+        work: Callable[[Block], T],
+        block_entries: int,
+        name: str,
+        start: int,
+        read: list[Future[torch.Tensor]],
     ) -> list[tuple[Span, T]]:
         base, donor = self._values(name, [future.result() for future in read])
         results = []
-        for first in range(0, base.numel(), BLOCK_ENTRIES):
-            end = first + BLOCK_ENTRIES
+        for first in range(0, base.numel(), block_entries):
+            end = first + block_entries
             block = Block(name, start + first, base[first:end], donor[first:end])
             results.append((Span(name, block.start, block.base.numel()), work(block)))
         return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -49,13 +49,11 @@ class Fingerprint:
         Returns:
             The fingerprint.
         """
-        digest, dtypes, entries = hashlib.sha256(), [], _in_order(base_entries)
-        for name, values in zip(sorted(base_entries), entries, strict=True):
-            dtypes.append(_dtype_name(values.dtype, name))
-            digest.update(f"{name}\0{dtypes[-1]}\0{values.numel()}\0".encode())
-            digest.update(values.view(torch.uint8).numpy().data)
-        sample, _, count = _sampled(entries)
-        return cls(_join_runs(dtypes), digest.hexdigest(), base64.b64encode(sample.numpy().tobytes()).decode(), count)
+        entries = dict(zip(sorted(base_entries), _in_order(base_entries), strict=True))
+        builder = FingerprintBuilder()
+        for name, values in entries.items():
+            builder.add(name, values.dtype, values.numel(), [values])
+        return builder.finish(lambda name, positions: entries[name][positions])
 
     def matches(self, base_entries: Mapping[str, torch.Tensor], rounded: Collection[str] = ()) -> bool:
         """Return whether a base is the one that this fingerprint was computed of, in the same or another float dtype.
@@ -166,6 +164,57 @@ class Fingerprint:
         return made
 
 
+class FingerprintBuilder:
+    """A fingerprint of tensors that are read one after the other, in sorted order of their names."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._tensors: list[tuple[str, torch.dtype, int]] = []
+
+    def add(self, name: str, dtype: torch.dtype, count: int, values: Iterable[torch.Tensor]) -> None:
+        """Add a tensor.
+
+        Args:
+            name: Its name, which comes after those of all others so far.
+            dtype: Dtype of its values.
+            count: How many values of it are covered.
+            values: The values, in parts of shape (n,).
+        """
+        digest = self.begin(name, dtype, count)
+        for part in values:
+            digest.update(part.contiguous().view(torch.uint8).numpy().data)
+        self.add_digest(name, dtype, count, digest)
+
+    def begin(self, name: str, dtype: torch.dtype, count: int) -> Any:
+        """Return a digest for the little-endian bytes of a tensor that may yet be left out (see `add_digest`)."""
+        digest = self._digest.copy()
+        digest.update(f"{name}\0{_dtype_name(dtype, name)}\0{count}\0".encode())
+        return digest
+
+    def add_digest(self, name: str, dtype: torch.dtype, count: int, digest: Any) -> None:
+        """Add the tensor that `begin` returned a digest for, which now holds its values."""
+        self._digest = digest
+        self._tensors.append((name, dtype, count))
+
+    def finish(self, read: Callable[[str, list[int]], torch.Tensor]) -> Fingerprint:
+        """Return the fingerprint.
+
+        Args:
+            read: Function (name, increasing positions) -> the values at these positions among those covered.
+        """
+        ends = np.cumsum([count for _, _, count in self._tensors], dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        places: dict[str, list[int]] = {}
+        for position, owner in _sample_positions(ends, total):
+            name, _, count = self._tensors[owner]
+            places.setdefault(name, []).append(position - (int(ends[owner]) - count))
+        picked = [read(name, positions).to(torch.float64) for name, positions in places.items()]
+        sample = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.float64)
+        dtypes = _join_runs([_dtype_name(dtype, name) for name, dtype, _ in self._tensors])
+        encoded = base64.b64encode(sample.numpy().tobytes()).decode()
+        return Fingerprint(dtypes, self._digest.hexdigest(), encoded, total)
+
+
 def _explain(base_entries: Mapping[str, torch.Tensor], differing: Sequence[str]) -> str:
     """Say where the differences are, if only in some tensors: there, the base may have been new at its load."""
     where = sorted({*differing})
@@ -211,11 +260,16 @@ def _sampled(entries: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], 
     """Sample evenly over all entries; return the values (float64), the tensor that each is from, and the total."""
     ends = np.cumsum([len(values) for values in entries], dtype=np.int64)
     count = int(ends[-1]) if len(ends) else 0
+    places = _sample_positions(ends, count)
+    picked = [entries[o][p - int(ends[o])].to(torch.float64) for p, o in places]
+    return torch.stack(picked) if picked else torch.zeros(0, dtype=torch.float64), [o for _, o in places], count
+
+
+def _sample_positions(ends: np.typing.NDArray[np.int64], count: int) -> list[tuple[int, int]]:
+    """Return the sampled positions among all entries, and the tensor that each is in."""
     size = min(NUM_SAMPLES, count)
     positions = [i * count // size for i in range(size)]
-    owners = [int(owner) for owner in np.searchsorted(ends, positions, side="right")]
-    picked = [entries[o][p - int(ends[o])].to(torch.float64) for o, p in zip(owners, positions, strict=True)]
-    return torch.stack(picked) if picked else torch.zeros(0, dtype=torch.float64), owners, count
+    return list(zip(positions, np.searchsorted(ends, positions, side="right").tolist(), strict=True))
 
 
 def _agree(then: torch.Tensor, then_dtype: torch.dtype, now: torch.Tensor, now_dtype: torch.dtype) -> bool:

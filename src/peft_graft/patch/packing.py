@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .index_codec import broken, decode_indices, encode_indices
+from .step_tensor import StepTensor
 from .value_codes import (
     VALUE_CODES,
     CodedTensor,
@@ -26,6 +27,9 @@ from .value_codes import (
 
 TABLE, PACKED = "table", "packed"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STEP_DTYPES = {name: dtype for name, dtype in _DTYPES.items() if dtype != torch.float64}
+_STEP_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_STEPS = "steps-"  # before the dtype of base and donor
 _ZEROS = "zeros-"  # before the dtype: all values are +0 and not stored
 _MAX_SIZE = 2**48
 
@@ -76,6 +80,9 @@ def pack_tensor(part: TensorPatch | CodedTensor) -> PackedTensor:
         blob = encode_indices(part.indices)
         sections = [blob, as_bytes(part.scales), pack_levels(part.levels, part.value_code)]
         return PackedTensor(part.code, [part.count, blob.numel()], torch.cat(sections))
+    if isinstance(part, StepTensor):
+        name = next(name for name, dtype in _STEP_DTYPES.items() if dtype == part.dtype)
+        return PackedTensor(_STEPS + name, [part.count, part.data.numel()], part.data)
     if not isinstance(part, TensorPatch):
         raise TypeError(f"patch of a tensor must be plain or of a known code, got {type(part).__name__}.")
     blob, values = encode_indices(part.indices), part.values.detach()
@@ -265,6 +272,13 @@ def _scaled(code: ValueCode) -> PartCode:
     return PartCode(code.name, 2, sections, read)
 
 
+def _steps(dtype: torch.dtype) -> PartCode:
+    def read(found: Mapping[str, torch.Tensor], row: Sequence[int], numel: int, name: str) -> StepTensor:
+        return StepTensor(dtype, row[0], found["steps"])
+
+    return PartCode(f"steps of {_dtype_name(dtype)}", 2, lambda row: {"steps": row[1]}, read)
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -277,5 +291,6 @@ def _aligned(data: torch.Tensor) -> torch.Tensor:
 CODES: dict[str, PartCode] = {
     **{name: _plain(dtype) for name, dtype in _DTYPES.items()},
     **{_ZEROS + name: _zeros(dtype) for name, dtype in _DTYPES.items()},
+    **{_STEPS + name: _steps(dtype) for name, dtype in _STEP_DTYPES.items()},
     **{name: _scaled(code) for name, code in VALUE_CODES.items()},
 }

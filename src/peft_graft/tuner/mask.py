@@ -103,6 +103,7 @@ class Slot(nn.Module):
         self.eligible = eligible
         self.params: list[str] = []
         self.codes: dict[str, ValueCode] = {}
+        self.in_steps: set[str] = set()  # parameters of which the file holds the whole donor as steps from the base
         self.version = next(_versions)  # changes with the entries
         self._shards: dict[str, nn.Parameter] = {}
 
@@ -138,6 +139,7 @@ class Slot(nn.Module):
         for kind in self.tensors(param):
             delattr(self, f"{param}_{kind}")
         self.codes.pop(param, None)
+        self.in_steps.discard(param)
         self._shards.pop(f"{param}_logits", None)
         self.version = next(_versions)
         self.params = [name for name in self.params if name != param]

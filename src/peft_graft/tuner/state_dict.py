@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, file_key, parse_file_key, require_rows
+from ..patch.step_tensor import StepTensor
 from ..patch.value_codes import CodedTensor, CodeLoss, ScaledTensor
 from ..peft_compat.torch_names import FSDP_WRAPPED
 from .backends.sharded import GATHER, is_sharded, whole, whole_shape
@@ -180,6 +181,17 @@ def _taken(
     return {**rest, **encoded}, losses
 
 
+def _coded(place: _Place, adapter_name: str, part: TensorPatch | CodedTensor) -> TensorPatch | CodedTensor:
+    """Return a tensor's patch as its file shall hold it: as steps again, where it was read from such."""
+    parameter = place.layer.base_parameter(place.param)
+    if not isinstance(part, TensorPatch) or is_sharded(parameter) or parameter.dtype != part.values.dtype:
+        return part
+    if place.layer.keys[place.param] not in place.slot(adapter_name).in_steps or parameter.is_meta:
+        return part
+    base = place.layer.own_values(place.param).detach().cpu().flatten()
+    return StepTensor.encode(base, base.index_copy(0, part.indices, part.values))
+
+
 def live_patch(model: nn.Module, adapter_name: str) -> Patch:
     """Read the patch of a live adapter: its exact mask, and the donor's values, whatever alpha is.
 
@@ -278,7 +290,7 @@ def pack(
         parts, logits = _held(places, adapter_name, state_dict)
         masks = _masks(logits, state)
         taken, losses = _taken(parts, masks, state)
-        patch = Patch(taken)
+        patch = Patch({name: _coded(places[name], adapter_name, part) for name, part in taken.items()})
         if losses and state.value_code is not None:
             note_loss(config, losses, state.value_code)
         _record_fingerprint(config, places, patch, state, masks)
@@ -399,6 +411,8 @@ def _install(places: Mapping[str, _Place], adapter_name: str, patch: Patch, logi
         # Levels and scales are decoded when the layer runs; other codes now.
         known = part if isinstance(part, TensorPatch | ScaledTensor) else _decoded(places, part, name)
         layer.install(adapter_name, param, known, logits.get(name))
+        if isinstance(part, StepTensor):
+            layer.slot(adapter_name).in_steps.add(layer.keys[param])
 
 
 def _require_base(config: GraftConfig, places: Mapping[str, _Place], patch: Patch) -> None:

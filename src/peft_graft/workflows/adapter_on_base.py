@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ..checkpoints.donor import Extent
 from ..checkpoints.name_mapping import RenamedCheckpoint, build_skeleton, read_config
 from ..checkpoints.pairing import CheckpointDonor, DonorError, resolve_names
 from ..patch.arithmetic import grafted_values
+from ..patch.fingerprint import FingerprintBuilder
 from ..patch.patch import Fingerprint, Patch, PatchError, TensorPatch, require_rows
 from ..tuner import GraftConfig
 
@@ -68,7 +70,7 @@ class AdapterOnBase:
 
     Attributes:
         config: Configuration of the adapter.
-        patch: Patch of the adapter, decoded.
+        saved_patch: Patch of the adapter, as its file holds it.
         modules_to_save: Tensors of the modules stored whole (task heads), by their name in the model.
         num_labels: Number of classes of the task head, None if there is no head that shows it.
         base: Directory or Hub id of the base.
@@ -94,7 +96,7 @@ class AdapterOnBase:
     ) -> None:
         directory = fetch_adapter(adapter, revision, token)
         saved = read_finished(directory)
-        self.config, self.patch = GraftConfig.from_pretrained(directory), saved.load_patch()
+        self.config, self.saved_patch = GraftConfig.from_pretrained(directory), saved.load_patch()
         self.modules_to_save, self.num_labels = saved.load_modules_to_save(), saved.num_labels
         self._token, self._trusts_code = token, trust_remote_code
         recorded = self.config.base_model_name_or_path
@@ -116,7 +118,12 @@ class AdapterOnBase:
         self._require_vocabulary()
         self._names = self._resolve_names()
         self._file_values: dict[str, torch.Tensor] = {}
-        self._read_base(recorded)
+        self._check_base(recorded)
+
+    @cached_property
+    def patch(self) -> Patch:
+        """The patch of the adapter, with the values of all tensors decoded."""
+        return Patch({name: self._decode(name)[0] for name in self.saved_patch.tensors}, self.saved_patch.shapes)
 
     def build_model(self, num_labels: int | None = None) -> PreTrainedModel:
         """Build the base's model without values, with `num_labels` classes if given (see `build_skeleton`)."""
@@ -147,7 +154,7 @@ class AdapterOnBase:
 
     def base_values(self, name: str) -> torch.Tensor:
         """Return the base's values at the patched entries of a tensor, [n], in the dtype in which the base loads."""
-        return self._file_values[name].to(self._parameters[name].dtype)
+        return self._file_values_of(name).to(self._parameters[name].dtype)
 
     def values(self, name: str) -> torch.Tensor:
         """Compute the grafted values base + alpha * (donor - base) of a tensor's patched entries.
@@ -155,9 +162,7 @@ class AdapterOnBase:
         Returns:
             The values, [n], rounded once to the dtype in which the base loads; with alpha 1 the donor's bits.
         """
-        before, part = self.base_values(name), self.patch.plain[name]
-        alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
-        return grafted_values(before, part.values, alpha).to(before.dtype)
+        return self._grafted(name, self.patch.plain[name].values, self.base_values(name))
 
     def deltas(self, name: str) -> torch.Tensor:
         """Compute the grafted values of a tensor minus the base's, float32 [n]."""
@@ -165,8 +170,9 @@ class AdapterOnBase:
 
     def edits(self) -> Iterator[FileEdit]:
         """Yield the changes that the patch makes to the base's files, one tensor of the files at a time."""
-        for name, part in self.patch.plain.items():
-            values, before, start = self.values(name), self._file_values[name], 0
+        for name in self.saved_patch.tensors:
+            part, before = self._decode(name)
+            values, start = self._grafted(name, part.values, before.to(self._parameters[name].dtype)), 0
             stored = self.view.stored_names(self._names[name])
             for stored_name, extent in zip(stored, self.view.extents(self._names[name]), strict=True):
                 end = start + torch.Size(extent.shape).numel()
@@ -207,7 +213,7 @@ class AdapterOnBase:
 
     def _resolve_names(self) -> dict[str, str]:
         """Return the name in `view` of every patched tensor, and check that the patch fits the model."""
-        unknown = sorted(self.patch.tensors.keys() - self._parameters.keys())
+        unknown = sorted(self.saved_patch.tensors.keys() - self._parameters.keys())
         if unknown:
             raise PatchError(
                 f"patched tensors must be parameters of the base, got {unknown[0]!r} ({len(unknown)} such), which "
@@ -216,26 +222,57 @@ class AdapterOnBase:
         names_of: dict[int, list[str]] = {}
         for name, parameter in self._parameters.items():
             names_of.setdefault(id(parameter), []).append(name)
-        wanted = {name: self.shape(name) for name in self.patch.tensors}
-        for name, part in self.patch.tensors.items():
+        wanted = {name: self.shape(name) for name in self.saved_patch.tensors}
+        for name, part in self.saved_patch.tensors.items():
             part.validate(name, torch.Size(wanted[name]).numel())
         self.view.require_plain(list(wanted))
         prefix = self.model.base_model_prefix
         self._aliases = {name: names_of[id(self._parameters[name])] for name in wanted}
         return resolve_names(wanted, self.view, prefixes=(prefix,) if prefix else (), aliases=self._aliases)
 
-    def _read_base(self, base_name: str | None) -> None:
-        """Read the base's values at the patched entries, check that it is the right one, and decode the patch."""
-        checked: dict[str, torch.Tensor] = {}
-        decoded: dict[str, TensorPatch] = {}
-        for name, part in sorted(self.patch.tensors.items()):
-            flat, dtype = self.view.get(self._names[name]).flatten(), self._parameters[name].dtype
-            decoded[name] = part if isinstance(part, TensorPatch) else part.decode(flat.to(dtype), name)
-            self._file_values[name] = flat[decoded[name].indices]
-            checked[name] = flat.to(dtype) if part.indices is None else self.base_values(name)
-        fingerprint = (self.config.record and self.config.record.fingerprint) or {}
-        Fingerprint.from_dict(fingerprint).require(checked, base_name)
-        self.patch = Patch(decoded, self.patch.shapes)
+    def _check_base(self, base_name: str | None) -> None:
+        """Check that the base is the right one, tensor by tensor, so that they need not fit in memory together."""
+        builder = FingerprintBuilder()
+        for name in sorted(self.saved_patch.tensors):
+            values = self._covered(name)
+            builder.add(name, values.dtype, values.numel(), [values])
+        recorded = Fingerprint.from_dict((self.config.record and self.config.record.fingerprint) or {})
+        if builder.finish(lambda name, positions: self._covered(name)[positions]) != recorded:
+            recorded.require({name: self._covered(name) for name in self.saved_patch.tensors}, base_name)
+
+    def _covered(self, name: str) -> torch.Tensor:
+        """Return the base's values of a tensor that the fingerprint covers, [n], in the dtype in which it loads."""
+        part = self.saved_patch.tensors[name]
+        values = self._read(name) if part.indices is None else self._file_values_of(name)
+        return values.to(self._parameters[name].dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.view.get(self._names[name]).flatten()
+
+    def _file_values_of(self, name: str) -> torch.Tensor:
+        """Return the values in the base's files at the patched entries of a tensor, [n]."""
+        if name not in self._file_values:
+            indices = self.saved_patch.tensors[name].indices
+            if indices is None:
+                return self._decode(name)[1]
+            self._file_values[name] = self._read(name)[indices]
+        return self._file_values[name]
+
+    def _decode(self, name: str) -> tuple[TensorPatch, torch.Tensor]:
+        """Return a tensor's patch and the values in the base's files at its entries.
+
+        Neither is kept where the patch covers a whole tensor.
+        """
+        part = self.saved_patch.tensors[name]
+        if isinstance(part, TensorPatch):
+            return part, self._file_values_of(name)
+        flat = self._read(name)
+        decoded = part.decode(flat.to(self._parameters[name].dtype), name)
+        return decoded, flat[decoded.indices]
+
+    def _grafted(self, name: str, donor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        alpha = self.config.alpha.get(name, 1.0) if isinstance(self.config.alpha, Mapping) else self.config.alpha
+        return grafted_values(before, donor, alpha).to(before.dtype)
 
 
 def _open_base(

@@ -128,7 +128,7 @@ def write_checkpoint(graft: AdapterOnBase, directory: Path, rank: int) -> Export
     companions = {file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}
     for file in sorted(companions | {extent.path for extent in graft.view.all_extents().values()}):
         shutil.copyfile(file, directory / file.name)
-    done = ExportResult(directory, graft.patch.num_params)
+    done = ExportResult(directory, graft.saved_patch.num_params)
     for part in graft.edits():
         _write(directory, part.extent.path.name, part.extent, part.values, part.indices)
         done.carried += part.indices.numel()
@@ -140,7 +140,7 @@ def write_vllm(graft: AdapterOnBase, directory: Path, rank: int) -> ExportResult
     """Write one file of indices, values and the base's values, for every tensor of the base's files that changes."""
     patch = CheckpointPatch.from_adapter(graft)
     patch.save(directory / VLLM_FILE)
-    done = ExportResult(directory, graft.patch.num_params)
+    done = ExportResult(directory, graft.saved_patch.num_params)
     done.carried = sum(edit.indices.numel() for edit in patch.edits.values() if edit.indices is not None)
     _note_whole(done, patch)
     return done
@@ -150,7 +150,7 @@ def write_weight_delta(graft: AdapterOnBase, directory: Path, rank: int) -> Expo
     """Write the change of every tensor's bytes, compressed, as the first version after the base's."""
     patch = CheckpointPatch.from_adapter(graft)
     patch.require_base_values("a delta of the base's files")
-    done = ExportResult(directory, graft.patch.num_params)
+    done = ExportResult(directory, graft.saved_patch.num_params)
     done.carried = sum(edit.indices.numel() for edit in patch.edits.values() if edit.indices is not None)
     write_delta(directory, patch, graft.view.checkpoint)
     return done

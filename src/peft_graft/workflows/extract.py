@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from ..checkpoints.pairing import (
 )
 from ..checkpoints.wrappers import plain_name
 from ..patch.atomic import atomic_directory, check_output_dir
+from ..patch.fingerprint import FingerprintBuilder
 from ..patch.packing import PackedTensor, pack_tensor
 from ..patch.patch import Fingerprint, TensorPatch, pack_rows
 from ..patch.value_codes import VALUE_CODES, CodeLoss, ValueCode, encode_values
@@ -56,6 +57,7 @@ from ..tuner.base_files import carry_new_modules, warn_of_rows
 from ..tuner.build_patch import note_loss
 from ..tuner.left_out import aliases_of, base_tensors, report_left_out, require_nothing_more
 from ..tuner.modules_to_save import donor_names_of_module, fill_modules, name_modules, names_to_save
+from .exact import encode_exact
 
 _LOG = logging.getLogger(__name__)
 _ADAPTER = "default"
@@ -412,7 +414,11 @@ def _write(opened: _Opened, config: GraftConfig, exact: bool, target: Path, show
         total, disable = sum(pairs.nbytes) * selector.passes, not show_progress_bar
         with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=disable) as bar:
             pairs.on_read = bar.update
-            packed = _encode(selector, _SpillFile(files[0]), _SpillFile(files[1]), VALUE_CODES.get(config.values))
+            spills = [_SpillFile(file) for file in files]
+            if exact:
+                packed = _encode_exact(opened, spills[0])
+            else:
+                packed = _encode(selector, spills[0], spills[1], VALUE_CODES.get(config.values))
         if not (packed.entries if exact else selector.differs):
             raise nothing_to_graft(opened.donor, selector.eligible)
         if estimates:
@@ -484,10 +490,10 @@ class _SpillFile:
 
 @dataclass
 class _PackedPatch:
-    """A patch as its file holds it, and the base's values at its entries, in spill files; and what its code loses."""
+    """A patch as its file holds it, in a spill file, the fingerprint of its base, and what its code loses."""
 
     tensors: dict[str, torch.Tensor]
-    base_values: dict[str, torch.Tensor]
+    fingerprint: Fingerprint
     entries: int
     energy: float
     losses: dict[str, CodeLoss]
@@ -511,7 +517,31 @@ def _encode(selector: Selector, spill: _SpillFile, base_spill: _SpillFile, code:
             base_values[selected.name] = base_spill.put(selected.base)
             entries += selected.indices.numel()
             energy += written
-    return _PackedPatch(pack_rows(rows, spill.map_whole()), base_spill.map_all(base_values), entries, energy, losses)
+    fingerprint = Fingerprint.compute(base_spill.map_all(base_values))
+    return _PackedPatch(pack_rows(rows, spill.map_whole()), fingerprint, entries, energy, losses)
+
+
+def _encode_exact(opened: _Opened, spill: _SpillFile) -> _PackedPatch:
+    """Encode every tensor that differs, whole."""
+    rows: dict[str, tuple[str, list[int]]] = {}
+    entries, fingerprint = 0, FingerprintBuilder()
+    covered: dict[str, torch.Tensor] = {}
+    for tensor in encode_exact(opened.pairs, fingerprint):
+        packed = pack_tensor(tensor.part)
+        rows[tensor.name] = packed.code, packed.row
+        spill.append(packed.data)
+        entries += tensor.part.count
+        if tensor.base_values is not None:
+            covered[tensor.name] = tensor.base_values
+    names = opened.peft_model.base_model.donor_names(_ADAPTER, opened.base_view)
+
+    def read(name: str, positions: list[int]) -> torch.Tensor:
+        if name in covered:
+            return covered[name][positions]
+        found = opened.base_view.entries(names[name], positions)
+        return cast(torch.Tensor, found).to(opened.pairs.dtype(name))
+
+    return _PackedPatch(pack_rows(rows, spill.map_whole()), fingerprint.finish(read), entries, 0.0, {})
 
 
 def _count(selected: Selected) -> int:
@@ -532,10 +562,7 @@ def _encode_one(selected: Selected, code: ValueCode | None) -> tuple[Selected, P
 def _install(peft_model: PeftModel, packed: _PackedPatch, eligible: int, exact: bool) -> None:
     """Put the patch into the empty adapter, from where `save_pretrained` writes it like any other."""
     config, state = peft_model.peft_config[_ADAPTER], peft_model.base_model.states[_ADAPTER]
-    config.note(
-        eligible=eligible, entries=packed.entries, fingerprint=Fingerprint.compute(packed.base_values).to_dict()
-    )
-    packed.base_values.clear()  # unmapped before the rest is read
+    config.note(eligible=eligible, entries=packed.entries, fingerprint=packed.fingerprint.to_dict())
     if (code := VALUE_CODES.get(config.values)) is not None:
         note_loss(config, packed.losses, code)
     if exact:

@@ -166,7 +166,7 @@ def _count_bytes(extents: dict[str, Extent], file_size: int, rows: _Rows) -> dic
     ordered = sorted(extents, key=lambda key: (extents[key].offset, key))
     ends = [*(extents[key].offset for key in ordered[1:]), file_size]
     found = {"header": extents[ordered[0]].offset if ordered else file_size}
-    found |= dict.fromkeys(("table", "indices", "scales", "values", "modules_to_save", "training"), 0)
+    found |= dict.fromkeys(("table", "indices", "scales", "values", "steps", "modules_to_save", "training"), 0)
     for code, row in rows.values():
         for purpose, size in CODES[code].sections(row).items():
             found[purpose] += size

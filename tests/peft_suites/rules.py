@@ -76,7 +76,7 @@ DESELECTED = [
     Rule(r"::test_add_weighted_adapter_cat_with_rank_pattern", "about ranks"),
     Rule(
         r"::test_multiple_adapters_no_needless_copy_modules_to_save",
-        "wants embeddings saved without the head that is tied to them; a graft takes both, or the logits would be wrong",
+        "wants embeddings saved without the head that is tied to them; a graft takes both, as logits need both",
     ),
     Rule(r"::TestHotSwapping", "hot-swapping is closed to all methods but LoRA"),
     Rule(

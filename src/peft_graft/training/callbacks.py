@@ -9,7 +9,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..peft_compat.transformers_names import PREFIX_CHECKPOINT_DIR
-from ..tuner.backends.sharded import own_part, own_part_of, whole_shape
+from ..tuner.backends.sharded import own_part, own_part_of, whole, whole_shape
 from ..tuner.mask import GraftState
 from .alpha import AlphaFit, find_head_start, fit_alpha, scaled
 from .in_use import find_tuner
@@ -139,7 +139,9 @@ class AlphaCallback(GraftCallback):
     def _keep(self, state: Any, model: Any, loss: float) -> None:
         """Keep the present mask and alpha as the best ones."""
         graft = find_tuner(model).states[self.adapter_name]
-        self._best = _Point(state.global_step, loss, graft.alpha, _trained(model))
+        logits = {name: _copy(values) for name, values in graft.logits().items()}
+        others = {name: _copy(values) for name, values in _beside_masks(model)}
+        self._best = _Point(state.global_step, loss, graft.alpha, logits, others)
         _note(state, self._best, {name: graft.mask(name) for name in graft.logits()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -154,7 +156,7 @@ class AlphaCallback(GraftCallback):
         fit = fit_alpha(model, self.calibration, show_progress_bar=False, **options)
         self.fits.append(fit)
         self.losses[state.global_step] = fit.loss
-        self._last = _Point(state.global_step, fit.loss, fit.alpha, {})
+        self._last = _Point(state.global_step, fit.loss, fit.alpha)
         if self._best is None or fit.loss < self._best.loss:
             self._keep(state, model, fit.loss)
 
@@ -174,9 +176,11 @@ class AlphaCallback(GraftCallback):
         if best.step == last.step:
             return
         graft = find_tuner(model).states[self.adapter_name]
-        for name, parameter in model.named_parameters():
-            if name in best.trained:
-                own_part(parameter).copy_(best.trained[name])
+        held = graft.logits()
+        for name, values in best.logits.items():
+            own_part(held[name]).copy_(own_part_of(held[name], values))
+        for name, parameter in _beside_masks(model):
+            own_part(parameter).copy_(own_part_of(parameter, best.others[name]))
         graft.config.alpha = best.alpha
         graft.invalidate()
         _LOG.warning(
@@ -198,17 +202,25 @@ class _Point:
         step: Steps so far.
         loss: Calibration loss.
         alpha: The scale.
-        trained: This process's part of everything that trains, by name, on the CPU.
+        logits: Logits of the mask by tensor name, whole and on the CPU.
+        others: What trains beside them, such as a head that the donor lacks, by parameter name.
     """
 
     step: int
     loss: float
     alpha: Any
-    trained: dict[str, torch.Tensor]
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: own_part(each).to("cpu", copy=True) for name, each in model.named_parameters() if each.requires_grad}
+def _copy(parameter: torch.Tensor) -> torch.Tensor:
+    return whole(parameter).to("cpu", copy=True)
+
+
+def _beside_masks(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Find what trains beside masks, by name."""
+    named = model.named_parameters()
+    return [(name, each) for name, each in named if each.requires_grad and ".graft_patch." not in name]
 
 
 def _note(state: Any, point: _Point, masks: dict[str, torch.Tensor]) -> None:
@@ -224,19 +236,15 @@ def _note(state: Any, point: _Point, masks: dict[str, torch.Tensor]) -> None:
 def _recall(state: Any, model: nn.Module, adapter_name: str) -> _Point | None:
     """Read the best point from a Trainer's log; None where there is none, or where more than the mask trains."""
     noted = next((entry for entry in state.log_history if _BEST in entry), None)
-    logits = find_tuner(model).states[adapter_name].logits()
-    held = {id(each): name for name, each in model.named_parameters() if each.requires_grad}
-    if noted is None or held.keys() != {id(each) for each in logits.values()}:
+    if noted is None or _beside_masks(model):
         return None
-    sizes = [math.prod(whole_shape(logits[name])) for name in sorted(logits)]
+    shapes = {name: whole_shape(each) for name, each in find_tuner(model).states[adapter_name].logits().items()}
+    sizes = [math.prod(shapes[name]) for name in sorted(shapes)]
     packed = numpy.frombuffer(zlib.decompress(base64.b64decode(noted[_BEST]["mask"])), dtype=numpy.uint8)
     bits = torch.from_numpy(numpy.unpackbits(packed, count=sum(sizes))).float()
     # Logits of 1 in the mask and 0 elsewhere give this very mask.
-    trained = {
-        held[id(logits[name])]: own_part_of(logits[name], part).to("cpu", copy=True)
-        for name, part in zip(sorted(logits), bits.split(sizes), strict=True)
-    }
-    return _Point(noted["step"], noted[_BEST]["loss"], noted[_BEST]["alpha"], trained)
+    logits = {name: part.clone() for name, part in zip(sorted(shapes), bits.split(sizes), strict=True)}
+    return _Point(noted["step"], noted[_BEST]["loss"], noted[_BEST]["alpha"], logits)
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .byte_streams import ByteReader, varint
@@ -128,8 +129,8 @@ def count_changed(base: torch.Tensor, donor: torch.Tensor) -> int:
 
 def join_blocks(dtype: torch.dtype, coded: Sequence[tuple[bytes, int]]) -> StepTensor:
     """Return the tensor of these coded blocks and their numbers of changed entries."""
-    data = torch.frombuffer(bytearray(b"".join(code for code, _ in coded)), dtype=torch.uint8)
-    return StepTensor(dtype, sum(count for _, count in coded), data)
+    data = np.frombuffer(bytearray(b"".join(code for code, _ in coded)), np.uint8)
+    return StepTensor(dtype, sum(count for _, count in coded), torch.from_numpy(data))
 
 
 def _blocks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -42,10 +42,15 @@ def test_a_device_map_of_one_device_changes_nothing(base_folder: Path, tmp_path:
 
 @pytest.mark.feature("a base offloaded to memory")
 @pytest.mark.parametrize("load", [False, True], ids=["made", "loaded"])
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_t5, tiny_vit, tiny_mixtral])
-def test_an_offloaded_base_is_grafted_bit_for_bit(make: Callable[..., nn.Module], load: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [*((make, "donor") for make in (tiny_llama, tiny_gpt2, tiny_t5, tiny_vit, tiny_mixtral)), (tiny_gpt2, "sign")],
+)
+def test_an_offloaded_base_is_grafted_bit_for_bit(
+    make: Callable[..., nn.Module], values: str, load: bool, tmp_path: Path
+) -> None:
     base = make()
-    config = {"donor": perturbed(base, scale=0.1), "density": 0.1, "target_modules": "all"}
+    config = {"donor": perturbed(base, scale=0.1), "density": 0.1, "target_modules": "all", "values": values}
     batch, alone = inputs(base), output(base, inputs(base))
     wanted = graft(base, **config)
     patched = output(wanted, batch)

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Torc
 
 from grafts import graft, held, output, same_bits
 from models import inputs, perturbed
-from peft_graft import GraftConfig, PatchError
+from peft_graft import GraftConfig, Patch, PatchError
 from peft_graft.tuner.quantized_layer import GraftQuantizedLinear
 
 
@@ -168,3 +168,22 @@ def test_four_bits_that_a_forward_has_packed_are_refused(skill: tuple[Path, Peft
     output(base, inputs(live.get_base_model()))
     with pytest.raises(ValueError, match="base in 4 bits must be grafted before it runs on a CPU.*'model.layers.0"):
         PeftModel.from_pretrained(base, folder / "skill")
+
+
+@EVERY
+def test_coded_values_follow_what_the_weights_read_as(how: str, skill: tuple[Path, PeftModel], tmp_path: Path) -> None:
+    folder, _ = skill
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    graft(base, str(folder / "donor"), density=0.05, values="sign").save_pretrained(tmp_path / "one")
+    model = PeftModel.from_pretrained(quantized(folder, how), tmp_path / "one")
+    plain = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, (layer, param) in model.base_model.targets("default").items():
+            plain.get_parameter(name).copy_(layer.base_parameter(param))
+        for name, part in Patch.load(tmp_path / "one" / "adapter_model.safetensors").tensors.items():
+            flat = plain.get_parameter(name).view(-1)
+            flat[part.indices] = part.decode(flat).values.bfloat16()
+    assert same_bits(output(model, inputs(plain)), output(plain, inputs(plain)))
+    model.save_pretrained(tmp_path / "two")
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two

@@ -136,10 +136,12 @@ def test_modules_are_names_or_one_expression(
     assert found == meant if words != "all" else found > meant
 
 
-def test_an_exact_patch_warns_in_one_line(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "extract base donor --output-dir out --exact")
-    assert code == 0
-    assert re.fullmatch(r"peft-graft: warning: patch should be smaller than the donor, .*\n", err)
+def test_an_exact_patch_is_smaller_than_a_donor_in_which_everything_differs(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "extract base donor --output-dir out --exact")[::2] == (0, "")
+    sizes = [Path(name).stat().st_size for name in ("out/adapter_model.safetensors", "donor/model.safetensors")]
+    assert sizes[0] < sizes[1]
 
 
 def test_inspect_and_diff(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import numpy.typing as npt
 
 from .index_codec import Bytes, Integers, broken
 
@@ -74,8 +75,16 @@ def extra_bits(count: Integers, extra: Integers) -> bytes:
     Returns:
         The planes; a reader has to know `count`.
     """
-    planes = [(extra[count > k] >> k & 1).astype(np.uint8) for k in range(int(count.max(initial=0)))]
+    planes = [(extra.take(where) >> k & 1).astype(np.uint8) for k, where in enumerate(_planes(count))]
     return np.packbits(np.concatenate(planes)).tobytes() if planes else b""
+
+
+def _planes(count: Integers) -> list[npt.NDArray[np.intp]]:
+    """Return, for every bit, which numbers have it."""
+    planes: list[npt.NDArray[np.intp]] = []
+    for k in range(int(count.max(initial=0))):
+        planes.append(planes[-1].take((count.take(planes[-1]) > k).nonzero()[0]) if planes else count.nonzero()[0])
+    return planes
 
 
 class ByteReader:
@@ -138,14 +147,14 @@ class ByteReader:
     def extra_bits(self, count: Integers) -> Integers:
         """Return the numbers that the next planes hold, of `count` bits each."""
         extra = np.zeros_like(count)
-        sizes = np.cumsum([np.count_nonzero(count > k) for k in range(int(count.max(initial=0)))], dtype=np.int64)
-        if sizes.size:
-            total = int(sizes[-1])
-            bits = np.unpackbits(np.frombuffer(self.take(-(-total // 8)), np.uint8))
-            if bits[total:].any():
-                raise broken("planes of a coded block", "padded with zeros", "ones", self.where)
-            for k, plane in enumerate(np.split(bits[:total], sizes[:-1])):
-                extra[count > k] |= plane.astype(count.dtype) << k
+        planes = _planes(count)
+        total, at = sum(where.size for where in planes), 0
+        bits = np.unpackbits(np.frombuffer(self.take(-(-total // 8)), np.uint8))
+        if bits[total:].any():
+            raise broken("planes of a coded block", "padded with zeros", "ones", self.where)
+        for k, where in enumerate(planes):
+            extra[where] |= bits[at : at + where.size].astype(count.dtype) << k
+            at += where.size
         return extra
 
     def require_end(self) -> None:

@@ -222,8 +222,10 @@ def _decode_groups(reader: ByteReader, base: Bits, layout: _Layout) -> Bits:
         if form != _UNCHANGED:
             coded[group] = _decode_group(reader, form, base.size, layout)
     donor, done = base.copy(), dict.fromkeys(coded, 0)
+    moves = np.empty(min(_CHUNK, base.size), layout.bits)
     for where, found in groups.members([*coded]):
-        here = donor[where]
+        here = moves[: donor[where].size]
+        here[:] = 0
         for group, members in found.items():
             steps, positions, size = coded[group]
             start = done[group]
@@ -231,10 +233,11 @@ def _decode_groups(reader: ByteReader, base: Bits, layout: _Layout) -> Bits:
             if done[group] > size:
                 break
             if positions is None:
-                here[members] += steps[start : done[group]]
+                here[members] = steps[start : done[group]]
             else:
                 first, last = np.searchsorted(positions, (start, done[group]))
-                here[members.take(positions[first:last] - start)] += steps[first:last]
+                here[members.take(positions[first:last] - start)] = steps[first:last]
+        donor[where] += here
     for group, each in coded.items():
         if done[group] != each.size:
             raise broken(f"base's entries in group {group}", str(each.size), str(done[group]), reader.where)
@@ -286,11 +289,11 @@ def _decode_group(reader: ByteReader, form: int, most: int, layout: _Layout) -> 
         positions = _read_positions(reader, count, size)
     if symbols == 1:
         return _GroupSteps(_read_classes(reader, count, layout), positions, size)
-    tokens = _split_tokens(reader.stream(-(-count // _PER_BYTE[symbols])), symbols, count, reader.where)
-    # The step of every token but the last one, which stands for a step that is coded as a class.
+    # The step of every token; the last one stands for a step that is coded as a class, and gets one that no token has.
     table = _steps_of(np.arange(symbols) + int(form == _SPARSE), layout)
-    steps = table.take(tokens)
-    (large,) = (tokens == symbols - 1).nonzero()
+    table[-1] = 1 << layout.width - 1
+    steps = _split_tokens(reader.stream(-(-count // _PER_BYTE[symbols])), table, count, reader.where)
+    (large,) = (steps == table[-1]).nonzero()
     steps[large] = _read_classes(reader, large.size, layout)
     return _GroupSteps(steps, positions, size)
 
@@ -340,11 +343,12 @@ class _Sample:
 
     def choose_forms(self, bounds: Sequence[int]) -> list[tuple[int, int]]:
         """Return the shortest form of each group and its number of symbols, by an estimate."""
-        ends = [*bounds, len(self._open)]
-        return [self._choose_form(slice(*each)) for each in zip([0, *bounds], ends, strict=True)]
+        starts = [0, *bounds]
+        classes, ranks = (np.add.reduceat(counts, starts, axis=0) for counts in (self._classes, self._ranks))
+        return [self._choose_form(*group) for group in zip(classes, ranks, strict=True)]
 
-    def _choose_form(self, group: slice) -> tuple[int, int]:
-        classes, ranks = self._classes[group].sum(axis=0), self._ranks[group].sum(axis=0)
+    @staticmethod
+    def _choose_form(classes: Counts, ranks: Counts) -> tuple[int, int]:
         size = float(classes.sum())
         if ranks[0] == size:
             return _UNCHANGED, _FEW[1]
@@ -352,7 +356,7 @@ class _Sample:
         counts, terms = (np.cumsum(np.append(0, each)).tolist() for each in (ranks, _n_log_n(ranks)))
         terms_of_all, different = float(_n_log_n(classes).sum()), int(np.count_nonzero(classes))
         best, choice = math.inf, (_DENSE, 1)
-        for form in (_DENSE, _SPARSE):
+        for form in _forms_of(1 - float(ranks[0]) / size):
             first = int(form == _SPARSE)
             total, places = size - counts[first], 0.0
             if form == _SPARSE:
@@ -369,6 +373,11 @@ class _Sample:
                 if cost < best:
                     best, choice = cost, (form, symbols)
         return choice
+
+
+def _forms_of(changed: float) -> tuple[int, ...]:
+    """Return the forms that can be the shortest where this share of a group's entries changes."""
+    return (_SPARSE,) if changed < 0.02 else (_DENSE,) if changed > 0.4 else (_DENSE, _SPARSE)
 
 
 def _log_n(count: float) -> float:
@@ -417,16 +426,17 @@ def _join_tokens(tokens: Bytes, symbols: int) -> Bytes:
     return joined
 
 
-def _split_tokens(joined: Bytes, symbols: int, size: int, where: str) -> Bytes:
+def _split_tokens(joined: Bytes, table: Bits, size: int, where: str) -> Bits:
+    """Return the step that `table` has for each of the tokens."""
+    symbols = table.size
     per_byte = _PER_BYTE[symbols]
     if joined.max(initial=0) >= symbols**per_byte:
         raise broken("coded steps", f"below {symbols**per_byte} in a byte", str(int(joined.max())), where)
     powers = symbols ** np.arange(per_byte - 1, -1, -1)
-    table = (np.arange(symbols**per_byte)[:, None] // powers % symbols).astype(np.uint8)
-    tokens = table.take(joined, axis=0).reshape(-1)
-    if tokens[size:].any():
+    steps = table[np.arange(symbols**per_byte)[:, None] // powers % symbols].take(joined, axis=0).reshape(-1)
+    if (steps[size:] != table[0]).any():
         raise broken("coded steps", f"{size} and then zeros", "more of them", where)
-    return tokens[:size]
+    return steps[:size]
 
 
 def _classes(steps: Bits, layout: _Layout) -> tuple[Integers, Integers, Integers]:

@@ -144,14 +144,20 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
+def real_packages(folder: str | os.PathLike[str]) -> dict[str, ModuleType]:
+    """Return vLLM's packages from an unpacked wheel, for `sys.modules`, without what their `__init__` would import."""
+    packages = {name: ModuleType(name) for name in PACKAGES}
+    for name, package in packages.items():
+        package.__path__ = [str(Path(folder, *name.split(".")))]
+    return packages
+
+
 def install_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the packages of an unpacked wheel in place, without running their `__init__`; skip if there is none."""
+    """Put the packages of an unpacked wheel in place; skip if there is none."""
     folder = os.environ.get(FOLDER)
     if not folder:
         pytest.skip(f"{FOLDER} names no folder with an unpacked wheel of vLLM")
-    for name in PACKAGES:
-        package = ModuleType(name)
-        package.__path__ = [str(Path(folder, *name.split(".")))]
+    for name, package in real_packages(folder).items():
         monkeypatch.setitem(sys.modules, name, package)
     for name in (PATCHES, BASE, FACTORY, SPARSE):
         try:

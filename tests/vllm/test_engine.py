@@ -21,6 +21,7 @@ from models import perturbed
 from packed_llama import PackedLlama, engine_config
 from peft_graft import PatchError
 from peft_graft.checkpoints.pairing import DonorError
+from peft_graft.vllm.routes import Route
 from peft_graft.workflows.export import export
 from peft_graft.workflows.extract import extract
 
@@ -141,19 +142,60 @@ def test_a_failed_update_is_undone_by_the_next(
     engine = start(saved / "base")
     before = engine.weights()
     engine.update(saved / "one")
-    load, calls = engine.model._load, []
+    write, calls = Route.write, []
 
-    def break_off(name: str, tensor: torch.Tensor) -> str:
-        calls.append(name)
+    def break_off(route: Route, edit: Any) -> None:
+        calls.append(route)
         if len(calls) == 5:
             raise RuntimeError("out of memory")
-        return load(name, tensor)
+        write(route, edit)
 
-    monkeypatch.setattr(engine.model, "_load", break_off)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.update(saved / "two")
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Route, "write", break_off)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.update(saved / "two")
+    engine.update(None)
+    assert_same(engine.weights(), before)
+
+
+class Computing(PackedLlama):
+    """A model whose loader computes what it writes into the norms."""
+
+    def load_weights(self, weights: Any) -> set[str]:
+        return super().load_weights((name, tensor * 1 if "norm" in name else tensor) for name, tensor in weights)
+
+
+@pytest.mark.parametrize("kind", [PackedLlama, Computing])
+def test_vllms_loader_is_used_where_entries_cannot_be_followed(
+    kind: type[PackedLlama], start: Callable[..., Engine], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(saved / "base")
+    engine.model.__class__ = kind
+    module, calls = sys.modules["peft_graft.vllm.engine"], []
+    load = module.load_checkpoint_weight_patches
+
+    def note(model: Any, patches: Any, **options: Any) -> Any:
+        calls.extend(patch.name for patch in patches)
+        return load(model, patches, **options)
+
+    monkeypatch.setattr(module, "load_checkpoint_weight_patches", note)
+    before = engine.weights()
+    engine.update(saved / "all")
+    assert_same(engine.weights(), parameters(loaded(saved / "all-merged")))
+    engine.update(None)
+    assert_same(engine.weights(), before)
+    assert bool(calls) == (kind is Computing) and all("norm" in name for name in calls)
+
+
+def test_parameters_that_were_replaced_are_found_again(start: Callable[..., Engine], saved: Path) -> None:
+    engine = start(saved / "base")
+    before = engine.weights()
+    engine.update(saved / "two")
+    engine.update(None)
+    for parameter in engine.model.parameters():
+        parameter.data = parameter.data.clone()
+    engine.update(saved / "two")
+    assert_same(engine.weights(), parameters(loaded(saved / "two-merged")))
     engine.update(None)
     assert_same(engine.weights(), before)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, PreTrainedModel
 
@@ -23,7 +21,8 @@ from models import inputs, perturbed
 from old_patches import load_apart
 from peft_graft import PatchError
 from peft_graft.workflows import export as export_module
-from peft_graft.workflows.export import EXPORTS, HEAD_FILE, VLLM_FILE, export, low_rank
+from peft_graft.workflows.checkpoint_patch import VLLM_FILE, CheckpointPatch
+from peft_graft.workflows.export import EXPORTS, HEAD_FILE, export, low_rank
 from peft_graft.workflows.extract import extract
 
 FAMILIES = sorted(name for name in vars(models) if name.startswith("tiny_"))
@@ -111,48 +110,39 @@ def test_a_head_of_another_shape_than_the_bases_is_refused(tmp_path: Path) -> No
 # A patch for vLLM
 
 
-class CheckpointWeightPatch(NamedTuple):
-    """The fields of vLLM's class of this name, which cannot be installed here."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    values: torch.Tensor
-    indices: torch.Tensor | None = None
-
-
-def read_for_vllm(path: Path) -> list[CheckpointWeightPatch]:
-    """What the loader in docs/how_to/export.md makes of the file."""
-    page = (Path(__file__).parents[2] / "docs" / "how_to" / "export.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^def read\(path\):\n(?:(?: .*)?\n)+", page, flags=re.M)
-    known: dict[str, Any] = {
-        "json": json, "torch": torch, "safe_open": safe_open, "CheckpointWeightPatch": CheckpointWeightPatch,
-    }  # fmt: skip
-    exec(code, known)
-    return list(known["read"](path))
-
-
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_mixtral", "tiny_gpt2", "tiny_bert"])
-def test_a_vllm_patch_turns_the_bases_files_into_the_merged_ones(family: str, tmp_path: Path) -> None:
+def test_a_vllm_patch_turns_the_bases_files_into_the_merged_ones_and_back(family: str, tmp_path: Path) -> None:
     """Also where the files hold experts one by one: indices are of the files, not of the model."""
     make(tmp_path, family, torch.bfloat16, alpha=0.9)
     export(tmp_path / "skill", "checkpoint", tmp_path / "merged")
     done = export(tmp_path / "skill", "vllm", tmp_path / "out")
-    tensors, expected = all_tensors(tmp_path / "base"), all_tensors(tmp_path / "merged")
-    taken = 0
-    for patch in read_for_vllm(tmp_path / "out" / VLLM_FILE):
-        tensor = tensors[patch.name]
-        assert patch.shape == tuple(tensor.shape) and patch.values.dim() == 1
-        if patch.indices is None:
-            tensor.copy_(patch.values.view(patch.shape))
-            continue
-        assert patch.indices.dtype == torch.int32 and patch.indices.dim() == 1
-        assert patch.values.dtype == patch.dtype == tensor.dtype
-        tensor.view(-1)[patch.indices.long()] = patch.values
-        taken += len(patch.indices)
+    before, expected = all_tensors(tmp_path / "base"), all_tensors(tmp_path / "merged")
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    patch, taken = CheckpointPatch.load(tmp_path / "out" / VLLM_FILE), 0
+    for name, edit in patch.edits.items():
+        chosen = slice(None) if edit.indices is None else edit.indices
+        assert edit.shape == tuple(after[name].shape) and edit.base_values is not None
+        assert edit.base_values.dtype == after[name].dtype
+        assert same_bits(after[name].view(-1)[chosen], edit.base_values)
+        after[name].view(-1)[chosen] = edit.values.to(after[name].dtype)
+        taken += 0 if edit.indices is None else len(edit.indices)
     assert taken == done.carried == done.entries
-    assert all(same_bits(tensors[name], expected[name]) for name in expected)
+    assert all(same_bits(after[name], expected[name]) for name in expected)
+    assert patch.base == str(tmp_path / "base")
     assert ("whole" in "".join(done.notes)) == (family == "tiny_bert")
+    keys = load_file(tmp_path / "out" / VLLM_FILE)
+    assert all(tensor.dtype == torch.int32 for key, tensor in keys.items() if key.endswith(".indices"))
+
+
+def test_a_vllm_patch_has_the_bits_of_the_files_where_the_base_loads_in_another_dtype(tmp_path: Path) -> None:
+    make(tmp_path, "tiny_llama", torch.float32)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    extract(tmp_path / "base", tmp_path / "donor", tmp_path / "skill", density=0.05, overwrite=True)
+    export(tmp_path / "skill", "vllm", tmp_path / "out")
+    before = all_tensors(tmp_path / "base")
+    for name, edit in CheckpointPatch.load(tmp_path / "out" / VLLM_FILE).edits.items():
+        assert same_bits(before[name].flatten()[edit.indices], edit.base_values)
 
 
 # Adapters of others

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import load_checkp
 
 from ..workflows.checkpoint_patch import CheckpointEdit, CheckpointPatch
 from .patches import checkpoint_weight_patches, read_patch
+from .routes import Routes
 from .switch import Switch
 
 # A patch of 1e-3 of a 7B model has 56 MB with indices and the base's values.
@@ -45,8 +46,9 @@ class GraftUpdateInfo(WeightTransferUpdateInfo):
 class GraftWeightTransferEngine(WeightTransferEngine[GraftInitInfo, GraftUpdateInfo]):
     """Write a skill into a worker's part of the model, in place of the one that is there.
 
-    vLLM's loader finds the entries by their place in the base's files, also where a rank holds a part of a tensor, or
-    a tensor is a part of a packed one. Read skills are kept, `MAX_CACHED` of them.
+    The model's own loader tells where the entries stand, also where a rank holds a part of a tensor, or a tensor is a
+    part of a packed one. Tensors from which it computes something are left to vLLM's loader of sparse patches. Skills
+    that were read are kept, `MAX_CACHED` of them.
     """
 
     init_info_cls = GraftInitInfo
@@ -56,6 +58,7 @@ class GraftWeightTransferEngine(WeightTransferEngine[GraftInitInfo, GraftUpdateI
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._switch = Switch(self._write)
+        self._routes = Routes(model)
         self._cache: OrderedDict[tuple[Any, ...], CheckpointPatch] = OrderedDict()
 
     def init_transfer_engine(self, init_info: GraftInitInfo) -> None:
@@ -104,10 +107,18 @@ class GraftWeightTransferEngine(WeightTransferEngine[GraftInitInfo, GraftUpdateI
             self._cache.popitem(last=False)
         return self._cache[key]
 
+    @torch.no_grad()
     def _write(self, edits: Mapping[str, CheckpointEdit]) -> None:
-        # The indices are sorted and have been checked; vLLM would sort them again.
-        patches = checkpoint_weight_patches(edits, self.device)
-        load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
+        left: dict[str, CheckpointEdit] = {}
+        for name, routes in self._routes.find(edits).items():
+            if routes is None:
+                left[name] = edits[name]
+            for route in routes or []:
+                route.write(edits[name])
+        if left:
+            # The indices are sorted and have been checked; vLLM would sort them again.
+            patches = checkpoint_weight_patches(left, self.device)
+            load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
 
 
 def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:

@@ -115,7 +115,7 @@ def _route(target: torch.Tensor, source: torch.Tensor, empty: torch.Tensor) -> R
     given = source.dtype == empty.dtype and bool(empty.numel()) and _storage(source) == _storage(empty)
     if not given or source.shape != target.shape or not target.is_floating_point():
         return None
-    route = Route(source.storage_offset(), source.stride(), target)
+    route = Route(int(source.storage_offset()), source.stride(), target)
     return route if route.is_unique else None
 
 

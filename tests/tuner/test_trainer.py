@@ -109,7 +109,8 @@ def test_a_resumed_run_keeps_the_alpha_that_was_fitted_on_the_way(scope: str, tm
     resumed = run("half", 4, resume=True)
     assert whole.peft_config["default"].alpha != 1.0
     assert resumed.peft_config["default"].alpha == whole.peft_config["default"].alpha
-    assert same(logits_of(resumed), logits_of(whole))
+    # Of a best mask from before the checkpoint, the log keeps the mask and not its logits.
+    assert same_bits(output(resumed, Rows().batch), output(whole, Rows().batch))
 
 
 @pytest.mark.feature("is_trainable")

@@ -86,7 +86,7 @@ class PairedReader:
         work: Callable[[Block], T],
         names: Iterable[str] | None = None,
         workers: int | None = None,
-        block_entries: int = BLOCK_ENTRIES,
+        block_entries: int | None = None,
     ) -> Iterator[tuple[Span, T]]:
         """Call a function on every block while later ones are being read.
 
@@ -96,7 +96,7 @@ class PairedReader:
             names: Tensors to read, in increasing order; None for all.
             workers: Number of threads that work; a single one works through the blocks in order. Default: as many as
                 torch has, up to 8.
-            block_entries: Most entries of a block, at most `READ_ENTRIES`.
+            block_entries: Most entries of a block, at most `READ_ENTRIES`; None for `BLOCK_ENTRIES`.
 
         Yields:
             For each block, in order: where it stands, and the result of `work`.
@@ -123,7 +123,7 @@ class PairedReader:
                     yield name, start, [reader.submit(name, start, stop, soon) for reader in readers]
 
             for results in map_in_order(
-                pool, lambda read: self._through(work, block_entries, *read), submitted(), under_way
+                pool, lambda read: self._through(work, block_entries or BLOCK_ENTRIES, *read), submitted(), under_way
             ):
                 yield from results
 

@@ -183,7 +183,7 @@ class Slot(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         """Move or cast, but keep scales in float32: the values are computed in it, and rounded once."""
-        scales = {name: values for name, values in self._buffers.items() if name.endswith("_scales")}
+        scales = {name: values for name, values in self._buffers.items() if name.endswith("scales")}
         super()._apply(fn, recurse)
         for name, values in scales.items():
             moved = self._buffers[name]

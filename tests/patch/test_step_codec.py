@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -193,3 +194,96 @@ def test_another_base_gives_an_error_or_other_bits() -> None:
     except PatchError:
         return
     assert not same_bits(found, donor)
+
+
+class SlowReader:
+    """Read the code of a block number by number, as docs/patch_format.md says it, without the package."""
+
+    def __init__(self, code: bytes, base: list[int], width: int, mantissa: int) -> None:
+        self.code, self.at, self.base, self.width, self.mantissa = code, 0, base, width, mantissa
+
+    def take(self, count: int) -> bytes:
+        self.at += count
+        return self.code[self.at - count : self.at]
+
+    def varint(self) -> int:
+        number = shift = 0
+        while True:
+            (byte,) = self.take(1)
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+
+    def stream(self, size: int) -> bytes:
+        length = self.varint()
+        return zlib.decompress(self.take(length), -15) if length else self.take(size)
+
+    def classes(self, size: int, detail: int, flags: int) -> list[tuple[int, int]]:
+        """Return numbers and the flags in the lowest bits of their class bytes."""
+        split = [(byte >> flags, byte & (1 << flags) - 1) for byte in self.stream(size)]
+        opened = [max((number >> detail) - 1, 0) for number, _ in split]
+        lower, bit = [0] * size, 0
+        start = self.at
+        for k in range(max(opened, default=0)):
+            for i in (i for i in range(size) if opened[i] > k):
+                lower[i] |= (self.code[start + bit // 8] >> 7 - bit % 8 & 1) << k
+                bit += 1
+        self.at += -(-bit // 8)
+        heads = [number - (k << detail) for (number, _), k in zip(split, opened, strict=True)]
+        return [(head << k | low, flag) for head, k, low, (_, flag) in zip(heads, opened, lower, split, strict=True)]
+
+    def steps(self, size: int, symbols: int, first: int) -> list[int]:
+        tokens = []
+        if symbols > 1:
+            per_byte = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2}[symbols]
+            for byte in self.stream(-(-size // per_byte)):
+                tokens += [byte // symbols**k % symbols for k in reversed(range(per_byte))]
+        tokens = tokens[:size] if symbols > 1 else [0] * size
+        order = [0, *(sign * k for k in range(1, 9) for sign in (-1, 1))][first:]
+        known = [order[token] if token < symbols - 1 else None for token in tokens]
+        found = iter(self.classes(known.count(None), 1 if self.width == 32 else 2, 2) if None in known else [])
+        return [self.large(*next(found)) if step is None else step for step in known]
+
+    def large(self, number: int, flags: int) -> int:
+        number = ~number if flags & 1 else number
+        return number + ((flags >> 1) << self.width - 1)
+
+    def decode(self) -> list[int]:
+        assert self.take(1) == b"\1"
+        bounds = [0, *self.take(self.varint())]
+        exponents = [bits >> self.mantissa & (1 << self.width - 1 - self.mantissa) - 1 for bits in self.base]
+        donor = list(self.base)
+        for group, first in enumerate(bounds):
+            end = bounds[group + 1] if group + 1 < len(bounds) else 1 << 16
+            where = [i for i, exponent in enumerate(exponents) if first <= exponent < end]
+            (form,) = self.take(1)
+            if form == 0:
+                continue
+            (symbols,) = self.take(1)
+            assert self.varint() == len(where)
+            if form == 2:
+                gaps = self.classes(self.varint(), 3, 0)
+                where = [where[at + k] for k, at in enumerate(accumulate(gap for gap, _ in gaps))]
+            for i, step in zip(where, self.steps(len(where), symbols, int(form == 2)), strict=True):
+                donor[i] = (donor[i] + step) % (1 << self.width)
+        assert self.at == len(self.code)
+        return donor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [3e-6, 1e-4, 3e-2])
+def test_a_reader_that_follows_the_format_page_reads_the_same(dtype: torch.dtype, scale: float) -> None:
+    base, donor = pair(20_000, scale, dtype, share=0.9)
+    base[:6] = torch.tensor([float("nan"), 0.0, -0.0, 1e-30, -1e-30, 5.0]).to(dtype)
+    code = encode_steps(base, donor)
+    if code[0] == 1:
+        exponent, mantissa = EXPONENT_AND_MANTISSA[dtype]
+        reader = SlowReader(code, bits_of(base).tolist(), 1 + exponent + mantissa, mantissa)
+        assert reader.decode() == bits_of(donor).tolist()
+    else:
+        assert scale > 1e-3 or dtype == torch.float32
+
+
+def test_the_example_is_read_by_the_format_page() -> None:
+    assert SlowReader(EXAMPLE, bits_of(BASE).tolist(), 16, 7).decode() == [0x3C01, 0xBC01, 0x3C01, 0x012C]
